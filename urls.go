@@ -1,0 +1,314 @@
+package main
+
+import (
+	"encoding/json"
+	"net/http"
+	"strconv"
+	"time"
+)
+
+// Links: POST /shorten, and the resource /urls.
+
+// shortened is a new link as POST /shorten and the bulk routes answer it.
+type shortened struct {
+	link
+	ShortURL string `json:"short_url,omitempty"`
+	Cache    string `json:"cache,omitempty"` // pending: see Cache.change
+}
+
+// creation is one link on its way through the queue.
+type creation struct {
+	link newLink
+	done chan made
+}
+
+// handleShorten makes a link for anybody.
+func (s *Server) handleShorten(w http.ResponseWriter, r *http.Request) error {
+	m, err := s.createLink(w, r, false)
+	if err != nil {
+		return err
+	}
+	return writeJSON(w, http.StatusCreated, shortened{m.link, s.cfg.BaseURL + "/" + m.link.ShortCode, pendingWord(m.pending)})
+}
+
+// handleCreateLink makes a link for a user.
+func (s *Server) handleCreateLink(w http.ResponseWriter, r *http.Request) error {
+	m, err := s.createLink(w, r, true)
+	if err != nil {
+		return err
+	}
+	return writeJSON(w, http.StatusCreated, shortened{m.link, "", pendingWord(m.pending)})
+}
+
+// createLink makes the link that a body asks for. It travels with others: concurrent creates share a statement and a commit.
+func (s *Server) createLink(w http.ResponseWriter, r *http.Request, needsUser bool) (made, error) {
+	var f fields
+	if err := decodeBody(w, r, maxBody, &f); err != nil {
+		return made{}, err
+	}
+	l := s.readLink(&f, needsUser)
+	if err := f.err(); err != nil {
+		return made{}, err
+	}
+	c := &creation{l, make(chan made, 1)}
+	s.queue <- c // has room for all whom the limit lets in
+	timeout := time.NewTimer(answerWithin)
+	defer timeout.Stop()
+	select {
+	case m := <-c.done:
+		return m, m.err
+	case <-timeout.C:
+		return made{}, errUnavailable
+	}
+}
+
+// readLink takes a new link out of a body. The field names are those of three generations of clients.
+func (s *Server) readLink(f *fields, needsUser bool) newLink {
+	name := func(names ...string) string {
+		for _, n := range names {
+			if !f.null(n) {
+				return n
+			}
+		}
+		return names[0]
+	}
+	return newLink{
+		userID:  f.id("user_id", needsUser),
+		url:     f.text(name("original_url", "long_url", "url"), true, s.rules.check),
+		code:    f.text(name("custom_code", "short_code"), false, checkCode),
+		title:   f.text("title", false, checkText),
+		expires: f.future("expires_at", time.Now()),
+	}
+}
+
+// createQueued makes queued links, all that wait at one moment in one commit.
+func (s *Server) createQueued() {
+	for first := range s.queue {
+		batch := drain(s.queue, first, batchSize)
+		links := make([]newLink, len(batch))
+		for i, c := range batch {
+			links[i] = c.link
+		}
+		for i, m := range s.makeLinks(links) {
+			batch[i].done <- m
+		}
+	}
+}
+
+// makeLinks makes what it can of links, giving codes to those without. Codes are never looked up first: a taken random one is
+// tried again with another, a few times; after that the space would have to be nearly full.
+func (s *Server) makeLinks(links []newLink) []made {
+	results := make([]made, len(links))
+	todo := make([]int, len(links))
+	for i := range links {
+		todo[i], results[i].err = i, errCodeTaken // what no round reaches repeats a custom code of its own request
+	}
+	for round := 0; round < 4 && len(todo) > 0; round++ {
+		var batch []newLink
+		var codes []string
+		var at, later []int
+		seen := map[string]bool{}
+		for _, i := range todo {
+			l := links[i]
+			for l.code == "" || reserved[l.code] {
+				l.code = newCode()
+			}
+			if seen[l.code] {
+				later = append(later, i)
+				continue
+			}
+			seen[l.code] = true
+			batch, codes, at = append(batch, l), append(codes, l.code), append(at, i)
+		}
+		var answers []made
+		pending, err := s.cache.change(codes, func() (err error) { answers, err = s.store.createLinks(batch); return err })
+		for n, i := range at {
+			switch {
+			case err != nil:
+				results[i] = made{err: err}
+			case answers[n].err == errCodeTaken && links[i].code == "":
+				results[i].err = errUnavailable
+				later = append(later, i)
+			default:
+				results[i] = answers[n]
+				results[i].pending = pending
+			}
+		}
+		todo = later
+	}
+	return results
+}
+
+// bulkResult is what became of one link of a bulk request: its status, and the link or the error.
+type bulkResult struct {
+	Status int        `json:"status"`
+	URL    *shortened `json:"url,omitempty"`
+	*apiError
+}
+
+// handleBulk makes up to maxBulk links in one statement, each for itself: a bad one does not stop the others.
+func (s *Server) handleBulk(w http.ResponseWriter, r *http.Request) error {
+	var items []json.RawMessage
+	if err := decodeBody(w, r, maxBulkBody, &items); err != nil {
+		return err
+	}
+	if len(items) == 0 || len(items) > maxBulk {
+		return &apiError{http.StatusBadRequest, "invalid_request", "the body must be an array of 1 to " + strconv.Itoa(maxBulk) + " links", nil}
+	}
+	results := make([]bulkResult, len(items))
+	var links []newLink
+	var at []int
+	for i, item := range items {
+		var f fields
+		err := f.decode(item)
+		if err != nil {
+			err = &apiError{http.StatusBadRequest, "invalid_json", "this item " + err.Error(), nil}
+		} else if l := s.readLink(&f, r.Pattern == "POST /urls/bulk"); f.err() == nil {
+			links, at = append(links, l), append(at, i)
+			continue
+		} else {
+			err = f.err()
+		}
+		api := asAPIError(err)
+		results[i] = bulkResult{api.status, nil, api}
+	}
+	for n, m := range s.makeLinks(links) {
+		if m.err != nil {
+			api := asAPIError(m.err)
+			results[at[n]] = bulkResult{api.status, nil, api}
+			continue
+		}
+		results[at[n]] = bulkResult{http.StatusCreated, &shortened{m.link, s.cfg.BaseURL + "/" + m.link.ShortCode, pendingWord(m.pending)}, nil}
+	}
+	return writeJSON(w, http.StatusOK, map[string]any{"results": results})
+}
+
+// handleListLinks lists links by user_id, is_active or short_code.
+func (s *Server) handleListLinks(w http.ResponseWriter, r *http.Request) error {
+	q := newQuery(r)
+	p := q.page()
+	f := filter{conds: []string{"deleted_at IS NULL"}}
+	q.filterInt(&f, "user_id")
+	if q.values.Has("is_active") {
+		active, err := strconv.ParseBool(q.values.Get("is_active"))
+		if err != nil {
+			q.refuse("is_active", "must be true or false")
+		}
+		f.and("is_active = ?", active)
+	}
+	if q.values.Has("short_code") {
+		code := q.values.Get("short_code")
+		if !validCode(code) {
+			q.refuse("short_code", "is no short code")
+		}
+		f.and("short_code = ?", code)
+	}
+	if err := q.err(); err != nil {
+		return err
+	}
+	links, err := list(s.store, "urls", linkCols, f, p, linkDest)
+	return writeList(w, r, links, p, err, func(l link) int64 { return l.ID })
+}
+
+// handleGetLink answers one link.
+func (s *Server) handleGetLink(w http.ResponseWriter, r *http.Request) error {
+	id, err := pathID(r)
+	if err != nil {
+		return err
+	}
+	l, err := s.store.link(id)
+	if err != nil {
+		return err
+	}
+	return writeJSON(w, http.StatusOK, l)
+}
+
+// handleUpdateLink changes a link, here and in every cache, before it answers.
+func (s *Server) handleUpdateLink(w http.ResponseWriter, r *http.Request) error {
+	id, err := pathID(r)
+	if err != nil {
+		return err
+	}
+	var f fields
+	if err := decodeBody(w, r, maxBody, &f); err != nil {
+		return err
+	}
+	var ch linkChange
+	if f.has("original_url") {
+		url := f.text("original_url", true, s.rules.check)
+		ch.url = &url
+	}
+	if f.has("is_active") {
+		active := f.flag("is_active")
+		ch.active = &active
+	}
+	if f.has("title") {
+		title := f.text("title", false, checkText)
+		ch.title = &title
+	}
+	ch.expires, ch.expiring = f.future("expires_at", time.Now()), f.has("expires_at")
+	if ch.url == nil && ch.active == nil && ch.title == nil && !ch.expiring {
+		f.refuse("body", "must have original_url, title, is_active or expires_at")
+	}
+	if err := f.err(); err != nil {
+		return err
+	}
+	l, err := s.store.link(id)
+	if err != nil {
+		return err
+	}
+	pending, err := s.cache.change([]string{l.ShortCode}, func() (err error) { l, err = s.store.updateLink(id, ch); return err })
+	if err != nil {
+		return err
+	}
+	return writeJSON(w, http.StatusOK, shortened{l, "", pendingWord(pending)})
+}
+
+// handleDeleteLink hides a link for good.
+func (s *Server) handleDeleteLink(w http.ResponseWriter, r *http.Request) error {
+	id, err := pathID(r)
+	if err != nil {
+		return err
+	}
+	l, err := s.store.link(id)
+	if err != nil {
+		return err
+	}
+	if _, err := s.cache.change([]string{l.ShortCode}, func() error { return s.store.deleteLink(id) }); err != nil {
+		return err
+	}
+	w.WriteHeader(http.StatusNoContent)
+	return nil
+}
+
+// pendingWord is the cache field of an answer.
+func pendingWord(pending bool) string {
+	if pending {
+		return "pending"
+	}
+	return ""
+}
+
+// pathID is the {id} of a path; what is no positive integer names nothing.
+func pathID(r *http.Request) (int64, error) {
+	id, err := strconv.ParseInt(r.PathValue("id"), 10, 64)
+	if err != nil || id < 1 {
+		return 0, errNotFound
+	}
+	return id, nil
+}
+
+// writeList answers one page, and says in a Link header (RFC 8288) where the next one starts.
+func writeList[T any](w http.ResponseWriter, r *http.Request, rows []T, p page, err error, id func(T) int64) error {
+	if err != nil {
+		return err
+	}
+	if len(rows) > p.limit {
+		rows = rows[:p.limit]
+		q := r.URL.Query()
+		q.Del("page")
+		q.Set("after", strconv.FormatInt(id(rows[p.limit-1]), 10))
+		w.Header().Set("Link", "<"+r.URL.Path+"?"+q.Encode()+`>; rel="next"`)
+	}
+	return writeJSON(w, http.StatusOK, rows)
+}
