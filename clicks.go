@@ -6,10 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"maps"
 	"math"
 	"runtime"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -55,35 +53,38 @@ type clickLog struct {
 	number  uint64      // of the last batch taken
 	settled [2]uint64   // slots below belong to a dead process: a blank one will not be written any more
 
-	mu       sync.Mutex         // guards spilled; a leaf, taken only when a half is full
-	spilled  map[spillKey]int64 // clicks that found no slot
-	lastAt   atomic.Int64       // unix seconds of the last spilled click
-	taken    atomic.Int64       // clicks taken into batches, ever
-	flushed  atomic.Int64       // of these, counted in PostgreSQL
-	dropped  atomic.Int64       // clicks lost: a journal of another boot, or memory only at exit
-	rowless  atomic.Int64       // clicks counted without their event row
-	failures atomic.Int64       // flushes that failed
+	mu       sync.Mutex             // guards spilled; a leaf, taken only when a half is full
+	spilled  map[spilledClick]int64 // clicks that found no slot
+	taken    atomic.Int64           // clicks taken into batches, ever
+	flushed  atomic.Int64           // of these, counted in PostgreSQL
+	dropped  atomic.Int64           // clicks lost: a journal of another boot, or memory only at exit
+	rowless  atomic.Int64           // clicks counted without their event row
+	failures atomic.Int64           // flushes that failed
 }
 
-// spillKey is what a spilled click keeps.
-type spillKey struct {
-	id, day int64
-	bot     bool
-}
+// spilledClick is what is kept of a click that found no slot.
+type spilledClick struct{ id, day, kind int64 }
 
-// clickBatch is what one flush counts: per link, per link, day and referrer, and per click, each as arrays of columns.
+// clickBatch is what one flush counts: columns with a row per click, or per spilled sum of clicks.
 type clickBatch struct {
-	journal string
-	number  uint64
-	half    int
-	clicks  int64 // all of them, bots included
-	rowless int64
+	journal   string
+	number    uint64
+	half      int
+	clicks    int64 // all of them, bots included
+	rowless   int64
+	ids       pq.Int64Array
+	times     pq.Int64Array // unix seconds
+	counts    pq.Int64Array
+	kinds     pq.Int64Array // withEvent, without, byBot
+	referrers pq.StringArray
+}
 
-	ids, counts, last                pq.Int64Array
-	dayIDs, days, dayCounts, dayBots pq.Int64Array
-	dayReferrers                     pq.StringArray
-	eventIDs, eventTimes             pq.Int64Array
-	eventReferrers                   pq.StringArray
+const withEvent, without, byBot = 0, 1, 2
+
+func (b *clickBatch) add(id, at, n, kind int64, referrer string) {
+	b.clicks += n
+	b.ids, b.times, b.counts = append(b.ids, id), append(b.times, at), append(b.counts, n)
+	b.kinds, b.referrers = append(b.kinds, kind), append(b.referrers, referrer)
 }
 
 // newClickLog opens the journal in dir, or counts in memory when that cannot be (an empty dir, a full disk): degraded says so.
@@ -93,7 +94,7 @@ func newClickLog(dir string, events bool, save func(clickBatch) (bool, error), l
 	files, err := openJournals(dir, size)
 	var all []*clickLog
 	for _, file := range append(files, nil) {
-		c := &clickLog{file: file, save: save, events: events, log: log, ask: make(chan chan error), spilled: map[spillKey]int64{}}
+		c := &clickLog{file: file, save: save, events: events, log: log, ask: make(chan chan error), spilled: map[spilledClick]int64{}}
 		var mem []byte
 		if file != nil {
 			mem = file.mem
@@ -125,7 +126,13 @@ func (c *clickLog) record(id, at int64, bot bool, referrer string) {
 	v := c.next.Add(1) - 1
 	i := v &^ halfBit
 	if i >= halfSlots {
-		c.spill(spillKey{id, at / 86400, bot}, at)
+		click := spilledClick{id, at / 86400, without}
+		if bot {
+			click.kind = byBot
+		}
+		c.mu.Lock()
+		c.spilled[click]++
+		c.mu.Unlock()
 		return
 	}
 	slot := c.halves[v>>63][i*slotSize:][:slotSize]
@@ -140,14 +147,6 @@ func (c *clickLog) record(id, at int64, bot bool, referrer string) {
 
 // wordAt is the atomic word at the start of b, which must be 8-byte aligned, as all of the journal is.
 func wordAt(b []byte) *atomic.Uint64 { return (*atomic.Uint64)(unsafe.Pointer(&b[0])) }
-
-// spill counts a click that found the journal full.
-func (c *clickLog) spill(k spillKey, at int64) {
-	c.lastAt.Store(at)
-	c.mu.Lock()
-	c.spilled[k]++
-	c.mu.Unlock()
-}
 
 // The header holds the journal's random id at 8, the boot it was written in at 24, and at 0 the state word: the number of the
 // last batch taken, and in its two low bits which half that batch is (1 or 2), 0 once it is counted and its half is blank.
@@ -205,52 +204,29 @@ func (c *clickLog) adopt() {
 func (c *clickLog) take(half int) {
 	wordAt(c.header).Store(c.number<<2 | uint64(half+1))
 	b := &clickBatch{journal: string(c.header[8:24]), number: c.number, half: half}
-	type tally struct{ n, last int64 }
-	type dayKey struct {
-		id, day  int64
-		referrer string
-	}
-	links, days := map[int64]tally{}, map[dayKey][2]int64{}
-	count := func(id, at, n int64, bot bool, referrer string) {
-		b.clicks += n
-		k, column := dayKey{id, at / 86400, referrer}, 0
-		if bot {
-			column = 1
-		} else {
-			links[id] = tally{links[id].n + n, max(links[id].last, at)}
-		}
-		d := days[k]
-		d[column] += n
-		days[k] = d
-	}
 	for i := range min(c.settled[half], halfSlots) {
 		slot := c.halves[half][i*slotSize:][:slotSize]
-		word := wordAt(slot).Load()
+		word, kind := wordAt(slot).Load(), int64(withEvent)
 		if word == 0 {
 			continue // its writer died before it answered the click
 		}
-		id, at, bot := int64(binary.LittleEndian.Uint64(slot[8:])), int64(word&math.MaxUint32), word&botBit != 0
-		referrer := string(slot[16 : 16+word>>40&0xff])
-		count(id, at, 1, bot, referrer)
-		if c.events && !bot {
-			b.eventIDs, b.eventTimes, b.eventReferrers = append(b.eventIDs, id), append(b.eventTimes, at), append(b.eventReferrers, referrer)
+		if !c.events {
+			kind = without
 		}
+		if word&botBit != 0 {
+			kind = byBot
+		}
+		b.add(int64(binary.LittleEndian.Uint64(slot[8:])), int64(word&math.MaxUint32), 1, kind, string(slot[16:16+word>>40&0xff]))
 	}
 	c.mu.Lock()
-	spilled := c.spilled
-	c.spilled = map[spillKey]int64{}
+	for click, n := range c.spilled {
+		b.add(click.id, click.day*86400, n, click.kind, "")
+		if c.events && click.kind == without {
+			b.rowless += n
+		}
+	}
+	c.spilled = map[spilledClick]int64{}
 	c.mu.Unlock()
-	for k, n := range spilled {
-		count(k.id, max(k.day*86400, min(c.lastAt.Load(), k.day*86400+86399)), n, k.bot, "")
-		b.rowless += n
-	}
-	for _, id := range slices.Sorted(maps.Keys(links)) {
-		b.ids, b.counts, b.last = append(b.ids, id), append(b.counts, links[id].n), append(b.last, links[id].last)
-	}
-	for k, n := range days {
-		b.dayIDs, b.days, b.dayReferrers = append(b.dayIDs, k.id), append(b.days, k.day), append(b.dayReferrers, k.referrer)
-		b.dayCounts, b.dayBots = append(b.dayCounts, n[0]), append(b.dayBots, n[1])
-	}
 	c.taken.Add(b.clicks)
 	c.pending = b
 }

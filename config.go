@@ -44,6 +44,7 @@ func loadConfig(getenv func(string) string) (Config, error) {
 		n, err := strconv.Atoi(or(name, strconv.Itoa(def)))
 		if err != nil || n < low || n > high {
 			bad(name, fmt.Sprintf("a number from %d to %d", low, high))
+			return def
 		}
 		return n
 	}
@@ -98,7 +99,7 @@ func (c Config) rules() targetRules {
 // LogValue is Config without secrets: of the URLs only hosts, of the tokens only how many.
 func (c Config) LogValue() slog.Value {
 	host := func(raw string) string {
-		if u, err := url.Parse(raw); err == nil && u.Host != "" {
+		if u, err := url.Parse(raw); err == nil && u.Host != "" && (u.User != nil || !strings.Contains(raw, "@")) { // else a raw / or # in a password
 			return net.JoinHostPort(u.Hostname(), u.Port()) + u.Path
 		}
 		if raw == "" {

@@ -30,8 +30,8 @@ func (s *Server) handleListEvents(w http.ResponseWriter, r *http.Request) error 
 
 // handleCreateEvent logs what a client reports of a link.
 func (s *Server) handleCreateEvent(w http.ResponseWriter, r *http.Request) error {
-	var f fields
-	if err := decodeBody(w, r, maxBody, &f); err != nil {
+	f, err := readFields(w, r)
+	if err != nil {
 		return err
 	}
 	kind, details := f.text("event_type", true, checkName), f.object("details")
@@ -40,8 +40,5 @@ func (s *Server) handleCreateEvent(w http.ResponseWriter, r *http.Request) error
 		return err
 	}
 	e, err := s.store.createEvent(urlID, userID, kind, details)
-	if err != nil {
-		return err
-	}
-	return writeJSON(w, http.StatusCreated, e)
+	return respond(w, http.StatusCreated, e, err)
 }

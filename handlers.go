@@ -204,10 +204,7 @@ func (s *Server) handleStats(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	st, err := s.store.stats(code)
-	if err != nil {
-		return err
-	}
-	return writeJSON(w, http.StatusOK, st)
+	return respond(w, http.StatusOK, st, err)
 }
 
 // health is the body of GET /health.
@@ -250,12 +247,12 @@ func (s *Server) handleHealth(w http.ResponseWriter, _ *http.Request) error {
 	if !h.Ready || h.Draining || h.Postgres.Status != "up" && h.Redis.Status != "up" {
 		h.Status, status = "unavailable", http.StatusServiceUnavailable
 	}
-	return writeJSON(w, status, h)
+	return respond(w, status, h, nil)
 }
 
 // handleLive says that the process runs, whatever else does not: a restart would not help.
 func (s *Server) handleLive(w http.ResponseWriter, _ *http.Request) error {
-	return writeJSON(w, http.StatusOK, map[string]string{"status": "ok"})
+	return respond(w, http.StatusOK, map[string]string{"status": "ok"}, nil)
 }
 
 //go:embed openapi.yaml
@@ -315,16 +312,23 @@ func (s *Server) fail(w http.ResponseWriter, err error) {
 	if api.status == http.StatusServiceUnavailable {
 		w.Header().Set("Retry-After", "1")
 	}
-	writeJSON(w, api.status, api)
+	respond(w, api.status, api, nil)
 }
 
-// writeJSON answers with v; an error is the client's, gone.
-func writeJSON(w http.ResponseWriter, status int, v any) error {
+// respond writes v, or returns err for fail to write. 204 has no body.
+func respond(w http.ResponseWriter, status int, v any, err error) error {
+	if err != nil {
+		return err
+	}
+	if status == http.StatusNoContent {
+		w.WriteHeader(status)
+		return nil
+	}
 	h := w.Header()
 	h.Set("Content-Type", "application/json")
 	h.Set("X-Content-Type-Options", "nosniff")
 	w.WriteHeader(status)
-	w.Write(append([]byte(jsonText(v)), '\n'))
+	w.Write([]byte(jsonText(v) + "\n")) // an error is the client's, gone
 	return nil
 }
 
@@ -371,7 +375,7 @@ func (w *response) WriteHeader(status int) {
 	}
 	w.status = 0
 	w.request.Pattern = "none"
-	writeJSON(w, status, api)
+	respond(w, status, api, nil)
 	w.muted = true
 }
 

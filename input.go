@@ -11,6 +11,8 @@ import (
 	"net/http"
 	"net/netip"
 	"net/url"
+	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -84,11 +86,8 @@ var privateNets = []netip.Prefix{
 
 // check returns why raw must not be a target, or nil. It refuses what a browser would read differently than it looks.
 func (t targetRules) check(raw string) error {
-	if len(raw) > maxTarget {
-		return fmt.Errorf("must be at most %d bytes", maxTarget)
-	}
-	if !utf8.ValidString(raw) {
-		return errors.New("must be valid UTF-8")
+	if len(raw) > maxTarget || !utf8.ValidString(raw) {
+		return fmt.Errorf("must be valid UTF-8 of at most %d bytes", maxTarget)
 	}
 	for _, r := range raw {
 		if unicode.IsControl(r) || unicode.IsSpace(r) || unicode.Is(unicode.Cf, r) || strings.ContainsRune("\\\"<>`", r) {
@@ -96,77 +95,42 @@ func (t targetRules) check(raw string) error {
 		}
 	}
 	u, err := url.Parse(raw)
-	switch {
-	case err != nil:
-		return errors.New("is not a URL")
-	case u.Scheme != "http" && u.Scheme != "https":
-		return errors.New("must start with http:// or https://")
-	case u.Host == "" || u.Hostname() == "":
-		return errors.New("must name a host")
-	case u.User != nil:
+	if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Hostname() == "" {
+		return errors.New("must be a URL like https://example.com/page")
+	}
+	if port, err := strconv.ParseUint(u.Port(), 10, 16); u.Port() != "" && (err != nil || port == 0) || strings.HasSuffix(u.Host, ":") {
+		return errors.New("must have a port from 1 to 65535, or none")
+	}
+	if u.User != nil {
 		return errors.New("must not contain a user name or password")
-	case strings.HasSuffix(u.Host, ":"):
-		return errors.New("must not end its host in a bare colon")
 	}
-	if port := u.Port(); port != "" {
-		if n, err := strconv.Atoi(port); err != nil || n < 1 || n > 65535 {
-			return errors.New("must have a port between 1 and 65535")
-		}
-	}
-	return t.checkHost(strings.ToLower(u.Hostname()))
+	return t.checkHost(strings.TrimSuffix(strings.ToLower(u.Hostname()), "."))
 }
 
-// checkHost judges a lower-case host name or address. Names must be ASCII: browsers fold full-width and other look-alike
-// letters to ASCII, so a name that passes here as something else could still be localhost there.
+// hostName is one label or more. ASCII only: browsers fold full-width and other look-alike letters to ASCII, so a name that
+// passes here as something else could still be localhost there.
+var hostName = regexp.MustCompile(`^[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*$`)
+
+// checkHost judges a host in lower case.
 func (t targetRules) checkHost(host string) error {
-	if strings.Contains(host, ":") {
-		ip, err := netip.ParseAddr(host)
-		if err != nil || ip.Zone() != "" {
-			return errors.New("must have a valid IPv6 host")
-		}
-		return t.checkAddr(ip)
+	last := host[strings.LastIndexByte(host, '.')+1:]
+	ip, err := netip.ParseAddr(host)
+	switch {
+	case err == nil && ip.Zone() == "":
+		ip = ip.Unmap()
+	case !hostName.MatchString(host) || len(host) > 253:
+		return errors.New("must have a host of ASCII letters, digits, dots and hyphens (xn--… for others)")
+	case '0' <= last[0] && last[0] <= '9': // browsers read 127.1, 0x7f000001 and 2130706433 as IPv4
+		return errors.New("must not have a host that only looks like an IP address")
 	}
-	host = strings.TrimSuffix(host, ".")
-	if len(host) > 253 {
-		return errors.New("must have a host of at most 253 bytes")
-	}
-	labels := strings.Split(host, ".")
-	for _, label := range labels {
-		if label == "" || len(label) > 63 || strings.Trim(label, "abcdefghijklmnopqrstuvwxyz0123456789-_") != "" {
-			return errors.New("must have a host of ASCII letters, digits, dots and hyphens (xn--… for others)")
-		}
-	}
-	last := labels[len(labels)-1]
-	if '0' <= last[0] && last[0] <= '9' { // browsers read 127.1, 0x7f000001 and 2130706433 as IPv4
-		ip, err := netip.ParseAddr(host)
-		if err != nil {
-			return errors.New("must not have a host that only looks like an IP address")
-		}
-		return t.checkAddr(ip)
-	}
-	if host == strings.TrimSuffix(t.ownHost, ".") {
+	if own, err := netip.ParseAddr(t.ownHost); host == t.ownHost || err == nil && own.Unmap() == ip {
 		return errors.New("must not point back at this service")
 	}
-	if !t.allowPrivate && (len(labels) == 1 || last == "localhost" || last == "local" || last == "internal") {
-		return errors.New("must not point into a private network")
+	private := last == host || slices.Contains([]string{"localhost", "local", "internal"}, last)
+	if ip.IsValid() {
+		private = !ip.IsGlobalUnicast() || ip.IsPrivate() || slices.ContainsFunc(privateNets, func(p netip.Prefix) bool { return p.Contains(ip) })
 	}
-	return nil
-}
-
-// checkAddr judges a literal address.
-func (t targetRules) checkAddr(ip netip.Addr) error {
-	ip = ip.Unmap()
-	if own, err := netip.ParseAddr(t.ownHost); err == nil && own.Unmap() == ip {
-		return errors.New("must not point back at this service")
-	}
-	if t.allowPrivate {
-		return nil
-	}
-	private := !ip.IsGlobalUnicast() || ip.IsPrivate()
-	for _, p := range privateNets {
-		private = private || p.Contains(ip)
-	}
-	if private {
+	if private && !t.allowPrivate {
 		return errors.New("must not point into a private network")
 	}
 	return nil
@@ -174,13 +138,8 @@ func (t targetRules) checkAddr(ip netip.Addr) error {
 
 // checkText returns why s cannot be stored as one line of people's text, or nil.
 func checkText(s string) error {
-	switch {
-	case len(s) > maxText:
-		return fmt.Errorf("must be at most %d bytes", maxText)
-	case !utf8.ValidString(s):
-		return errors.New("must be valid UTF-8")
-	case strings.ContainsFunc(s, unicode.IsControl):
-		return errors.New("must not contain control characters")
+	if len(s) > maxText || !utf8.ValidString(s) || strings.ContainsFunc(s, unicode.IsControl) {
+		return fmt.Errorf("must be valid UTF-8 of at most %d bytes without control characters", maxText)
 	}
 	return nil
 }
@@ -188,33 +147,39 @@ func checkText(s string) error {
 // checkName is checkText for what must not be blank or padded either: user names and event types.
 func checkName(s string) error {
 	if s == "" || strings.TrimSpace(s) != s {
-		return errors.New("must not be empty or padded with spaces")
+		return fmt.Errorf("must not be empty or padded with spaces: %q", s)
 	}
 	return checkText(s)
 }
 
-// checkEmail returns why s is no plausible e-mail address. Only a message sent there could tell more.
+// emailForm is what plausible means. Only a message sent there could tell more.
+var emailForm = regexp.MustCompile(`^[^@\s,;<>()"\\]+@[^@\s,;<>()"\\]+\.[^@\s,;<>()"\\.]+$`)
+
 func checkEmail(s string) error {
-	local, domain, _ := strings.Cut(s, "@")
-	dot := strings.LastIndexByte(domain, '.')
-	if local == "" || dot < 1 || dot == len(domain)-1 || strings.ContainsAny(s, " \t,;<>()\"\\") || strings.Contains(domain, "@") {
-		return errors.New("must be an e-mail address like name@example.com")
+	if !emailForm.MatchString(s) {
+		return fmt.Errorf("must be an e-mail address like name@example.com, not %q", s)
 	}
-	return checkName(s)
+	return checkText(s)
 }
 
 // ---- JSON bodies ----
 
-// fields is a decoded JSON object and what was found wrong in it. Each getter takes one field out, so that a handler reads
-// as the list of what it accepts; fields nobody asks for are ignored.
+// fields is a JSON object and what was found wrong in it. Each getter takes one field out, so that a handler reads as the list of
+// what it accepts; fields nobody asks for are ignored.
 type fields struct {
 	raw      map[string]json.RawMessage
 	problems map[string]string
 }
 
-// decodeBody reads a JSON body of at most limit bytes into dst, a *fields or a *[]json.RawMessage.
+// readFields reads a body that must be a JSON object.
+func readFields(w http.ResponseWriter, r *http.Request) (*fields, error) {
+	f := &fields{problems: map[string]string{}}
+	return f, readJSON(w, r, maxBody, &f.raw)
+}
+
+// readJSON reads a JSON body of at most limit bytes into dst, a *map or a *[]json.RawMessage.
 // Errors are apiErrors: 415 for another content type, 413 for too much, 400 for the rest.
-func decodeBody(w http.ResponseWriter, r *http.Request, limit int64, dst any) error {
+func readJSON(w http.ResponseWriter, r *http.Request, limit int64, dst any) error {
 	if ct := r.Header.Get("Content-Type"); ct != "" {
 		if media, _, err := mime.ParseMediaType(ct); err != nil || media != "application/json" {
 			return &apiError{http.StatusUnsupportedMediaType, "unsupported_media_type", "Content-Type must be application/json", nil}
@@ -224,16 +189,8 @@ func decodeBody(w http.ResponseWriter, r *http.Request, limit int64, dst any) er
 	if err != nil {
 		return bodyError(err)
 	}
-	if err := checkJSON(body); err != nil {
-		return &apiError{http.StatusBadRequest, "invalid_json", "the body " + err.Error(), nil}
-	}
-	switch dst := dst.(type) {
-	case *fields:
-		err = dst.decode(body)
-	default:
-		if json.Unmarshal(body, dst) != nil {
-			err = errors.New("must be a JSON array")
-		}
+	if err = checkJSON(body); err == nil && (json.Unmarshal(body, dst) != nil || string(bytes.TrimSpace(body)) == "null") {
+		err = errors.New("must be a JSON object, or an array of them where many are made")
 	}
 	if err != nil {
 		return &apiError{http.StatusBadRequest, "invalid_json", "the body " + err.Error(), nil}
@@ -244,14 +201,13 @@ func decodeBody(w http.ResponseWriter, r *http.Request, limit int64, dst any) er
 // bodyError turns a failed read of a request body into the client's error.
 func bodyError(err error) error {
 	if tooLarge := (*http.MaxBytesError)(nil); errors.As(err, &tooLarge) {
-		return &apiError{http.StatusRequestEntityTooLarge, "payload_too_large",
-			fmt.Sprintf("the body must be at most %d bytes", tooLarge.Limit), nil}
+		return &apiError{http.StatusRequestEntityTooLarge, "payload_too_large", fmt.Sprintf("the body must be at most %d bytes", tooLarge.Limit), nil}
 	}
 	return &apiError{http.StatusBadRequest, "invalid_body", "the body could not be read", nil}
 }
 
-// checkJSON returns why body is not one well-formed JSON text of decent depth. encoding/json would replace bad UTF-8, and
-// PostgreSQL refuses an escaped NUL; so does hop (also the rare text that spells \\u0000 out, which nobody will miss).
+// checkJSON returns why body is not one JSON value as we take them. encoding/json would replace bad UTF-8, and PostgreSQL refuses
+// an escaped NUL; so does hop (also the rare text that spells \\u0000 out, which nobody will miss).
 func checkJSON(body []byte) error {
 	switch {
 	case !utf8.Valid(body):
@@ -261,48 +217,33 @@ func checkJSON(body []byte) error {
 	case !json.Valid(body):
 		return errors.New("must be one JSON value")
 	}
-	depth, quoted := 0, false
-	for i := 0; i < len(body); i++ {
-		switch c := body[i]; {
-		case c == '\\':
-			i++ // valid JSON has backslashes in strings only
-		case c == '"':
-			quoted = !quoted
-		case !quoted && (c == '{' || c == '['):
-			if depth++; depth > maxDepth {
-				return fmt.Errorf("must not be nested deeper than %d", maxDepth)
-			}
-		case !quoted && (c == '}' || c == ']'):
-			depth--
-		}
-	}
-	return nil
+	return walkJSON(json.NewDecoder(bytes.NewReader(body)), 0)
 }
 
-// decode takes a valid JSON text that must be an object without repeated names: encoding/json would silently let the last
-// one win, and what one reader ignores another obeys.
-func (f *fields) decode(body []byte) error {
-	dec := json.NewDecoder(bytes.NewReader(body))
-	if t, err := dec.Token(); err != nil || t != json.Delim('{') {
-		return errors.New("must be a JSON object")
+// walkJSON reads one value of a valid text and refuses deep nesting and repeated names: encoding/json would let the last one win,
+// and what one reader ignores another obeys.
+func walkJSON(dec *json.Decoder, depth int) error {
+	if depth > maxDepth {
+		return fmt.Errorf("must not be nested deeper than %d", maxDepth)
 	}
-	f.raw, f.problems = map[string]json.RawMessage{}, map[string]string{}
-	for dec.More() {
-		name, err := dec.Token()
-		if err != nil {
-			return errors.New("must be one JSON value")
-		}
-		key := name.(string)
-		if _, again := f.raw[key]; again {
-			return fmt.Errorf("must not repeat the field %q", key)
-		}
-		var value json.RawMessage
-		if err := dec.Decode(&value); err != nil {
-			return errors.New("must be one JSON value")
-		}
-		f.raw[key] = value
+	open, err := dec.Token()
+	if _, nested := open.(json.Delim); err != nil || !nested {
+		return err
 	}
-	return nil
+	for names := map[string]bool{}; dec.More(); {
+		if open == json.Delim('{') {
+			name, _ := dec.Token()
+			if names[name.(string)] {
+				return fmt.Errorf("must not repeat the field %q", name)
+			}
+			names[name.(string)] = true
+		}
+		if err := walkJSON(dec, depth+1); err != nil {
+			return err
+		}
+	}
+	_, err = dec.Token()
+	return err
 }
 
 // has says whether the field was sent, null included.
@@ -318,41 +259,39 @@ func (f *fields) refuse(name, problem string) {
 	}
 }
 
+// given says whether the field has a value; if it has not but must, that is noted.
+func (f *fields) given(name string, required bool) bool {
+	if f.null(name) && required {
+		f.refuse(name, "is required")
+	}
+	return !f.null(name)
+}
+
 // text takes a string field that passes check; an absent or null one is "".
-func (f *fields) text(name string, required bool, check func(string) error) string {
-	var s string
-	switch {
-	case f.null(name):
-		if required {
-			f.refuse(name, "is required")
-		}
+func (f *fields) text(name string, required bool, check func(string) error) (s string) {
+	if !f.given(name, required) {
 		return ""
-	case json.Unmarshal(f.raw[name], &s) != nil:
+	}
+	if json.Unmarshal(f.raw[name], &s) != nil {
 		f.refuse(name, "must be a string")
-	default:
-		if err := check(s); err != nil {
-			f.refuse(name, err.Error())
-		}
+	} else if err := check(s); err != nil {
+		f.refuse(name, err.Error())
 	}
 	return s
 }
 
 // id takes a positive integer field; an absent or null one is 0. 1.0, "1" and true are no integers.
-func (f *fields) id(name string, required bool) int64 {
-	if f.null(name) {
-		if required {
-			f.refuse(name, "is required")
+func (f *fields) id(name string, required bool) (n int64) {
+	if f.given(name, required) {
+		var err error
+		if n, err = strconv.ParseInt(string(f.raw[name]), 10, 64); err != nil || n < 1 {
+			f.refuse(name, "must be a positive integer")
 		}
-		return 0
-	}
-	n, err := strconv.ParseInt(string(f.raw[name]), 10, 64)
-	if err != nil || n < 1 {
-		f.refuse(name, "must be a positive integer")
 	}
 	return n
 }
 
-// flag takes a boolean field that was sent.
+// flag takes a boolean field.
 func (f *fields) flag(name string) bool {
 	s := string(f.raw[name])
 	if s != "true" && s != "false" {
@@ -363,11 +302,11 @@ func (f *fields) flag(name string) bool {
 
 // object takes an object field as compact JSON; an absent or null one is {}.
 func (f *fields) object(name string) string {
-	if f.null(name) {
+	b := bytes.NewBuffer(nil)
+	if !f.given(name, false) {
 		return "{}"
 	}
-	var b bytes.Buffer
-	if raw := f.raw[name]; raw[0] != '{' || json.Compact(&b, raw) != nil {
+	if raw := f.raw[name]; raw[0] != '{' || json.Compact(b, raw) != nil {
 		f.refuse(name, "must be a JSON object")
 	}
 	return b.String()
@@ -376,21 +315,15 @@ func (f *fields) object(name string) string {
 // future takes a time after now, RFC 3339 or without a zone in UTC; an absent or null one is the zero time.
 func (f *fields) future(name string, now time.Time) time.Time {
 	s := f.text(name, false, checkText)
-	if s == "" {
-		if !f.null(name) {
-			f.refuse(name, "must be a time")
-		}
+	if f.null(name) {
 		return time.Time{}
 	}
 	t, err := time.Parse(time.RFC3339, s)
 	if err != nil {
 		t, err = time.Parse(wireTime, s)
 	}
-	switch {
-	case err != nil:
-		f.refuse(name, "must be a time like 2027-01-31T12:00:00Z")
-	case !t.After(now) || t.Year() > 9999:
-		f.refuse(name, "must be in the future")
+	if err != nil || !t.After(now) || t.Year() > 9999 {
+		f.refuse(name, "must be a time in the future like 2027-01-31T12:00:00Z")
 	}
 	return t.UTC().Truncate(time.Second)
 }

@@ -38,7 +38,6 @@ import (
 	"os/signal"
 	"runtime/debug"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -90,10 +89,10 @@ func files(ctx context.Context, cfg Config, command string, args []string, log *
 		return err
 	}
 	defer store.close()
-	if err := store.probe(2 * time.Second); err != nil {
-		return err
+	if err = store.probe(2 * time.Second); err == nil {
+		err = store.migrate(ctx)
 	}
-	if err := store.migrate(ctx); err != nil {
+	if err != nil {
 		return err
 	}
 	if command == "export" {
@@ -110,14 +109,10 @@ func files(ctx context.Context, cfg Config, command string, args []string, log *
 func askHealth(port int) error {
 	client := http.Client{Timeout: 2 * time.Second}
 	resp, err := client.Get(fmt.Sprintf("http://127.0.0.1:%d/health", port))
-	if err != nil {
-		return err
+	if err == nil && resp.StatusCode != http.StatusOK {
+		err = errors.New(resp.Status)
 	}
-	defer resp.Body.Close()
-	if resp.StatusCode != http.StatusOK {
-		return errors.New(resp.Status)
-	}
-	return nil
+	return err
 }
 
 const (
@@ -160,6 +155,7 @@ func serve(ctx context.Context, cfg Config, log *slog.Logger) error {
 		IdleTimeout:       60 * time.Second, // longer than balancers keep theirs would cost them resets; shorter costs us handshakes
 		MaxHeaderBytes:    16 << 10,
 		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+		ConnState:         capConns(maxConns),
 	}
 	log.Info("listening", "addr", listener.Addr().String(), "config", cfg)
 
@@ -169,7 +165,7 @@ func serve(ctx context.Context, cfg Config, log *slog.Logger) error {
 	go func() { clicks.run(stopClicks); close(clicksDone) }()
 	go s.start(background)
 	failed := make(chan error, 1)
-	go func() { failed <- server.Serve(&cappedListener{Listener: listener}) }()
+	go func() { failed <- server.Serve(listener) }()
 	select {
 	case err := <-failed:
 		return err
@@ -212,44 +208,16 @@ func (s *Server) start(ctx context.Context) {
 	}
 	go s.store.monitor(ctx)
 	if tier := s.cache.redis; tier != nil {
-		codes := s.warm()
-		first := make(chan struct{})
-		go tier.track(ctx, s.onTrusted(first, codes))
+		codes, warm := tier.warm(s.cfg.LocalCache), make(chan struct{})
+		go tier.keepWarm(ctx, codes, warm)
+		go tier.track(ctx)
 		select { // ready with a warm local tier if Redis is there, without if it is not
-		case <-first:
+		case <-warm:
 		case <-time.After(time.Second):
 		}
 	}
 	s.ready.Store(true)
 	s.log.Info("ready")
-}
-
-// warm fills Redis and returns the codes for the local tier.
-func (s *Server) warm() []string {
-	start := time.Now()
-	n, codes, err := s.cache.redis.warm(s.cfg.LocalCache)
-	if err != nil {
-		s.log.Warn("redis not warm", "err", err)
-		return nil
-	}
-	s.log.Info("redis warm", "links", n, "took", time.Since(start))
-	return codes
-}
-
-// onTrusted is called when Redis's invalidations arrive, at first and again after every loss: an emptied Redis is warmed by one
-// replica.
-func (s *Server) onTrusted(first chan<- struct{}, codes []string) func() {
-	var once sync.Once
-	return func() {
-		if s.cache.redis.claimWarm() && codes == nil {
-			codes = s.warm()
-		}
-		if err := s.cache.redis.fillLocal(codes); err != nil {
-			s.log.Warn("local tier not warm", "err", err)
-		}
-		codes = nil
-		once.Do(func() { close(first) })
-	}
 }
 
 // tuneGC lets the heap grow to five times what lives, up to a limit that LOCAL_CACHE sets, unless GOGC or GOMEMLIMIT say else: a
@@ -263,34 +231,17 @@ func tuneGC(cfg Config) {
 	}
 }
 
-// cappedListener closes connections beyond maxConns at once: idle ones must not cost unbounded memory.
-type cappedListener struct {
-	net.Listener
-	open atomic.Int64
-}
-
-func (l *cappedListener) Accept() (net.Conn, error) {
-	for {
-		c, err := l.Listener.Accept()
-		if err != nil {
-			return nil, err
+// capConns closes new connections while limit are open: idle ones must not cost unbounded memory.
+func capConns(limit int64) func(net.Conn, http.ConnState) {
+	var open atomic.Int64
+	return func(c net.Conn, state http.ConnState) {
+		switch state {
+		case http.StateNew:
+			if open.Add(1) > limit {
+				c.Close()
+			}
+		case http.StateClosed, http.StateHijacked:
+			open.Add(-1)
 		}
-		if l.open.Add(1) <= maxConns {
-			return &cappedConn{Conn: c, listener: l}, nil
-		}
-		l.open.Add(-1)
-		c.Close()
 	}
-}
-
-// cappedConn gives its place back once, when closed.
-type cappedConn struct {
-	net.Conn
-	listener *cappedListener
-	once     sync.Once
-}
-
-func (c *cappedConn) Close() error {
-	c.once.Do(func() { c.listener.open.Add(-1) })
-	return c.Conn.Close()
 }

@@ -5,9 +5,9 @@ import (
 	"context"
 	"crypto/rand"
 	"errors"
-	"fmt"
 	"log/slog"
 	mathrand "math/rand/v2"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -33,8 +33,9 @@ type redisTier struct {
 	log   *slog.Logger
 
 	gets    chan *getRequest
-	up      atomic.Bool  // the breaker: cleared by an error, set by an answered PING once all debts are paid
-	latency atomic.Int64 // of the last PING, in ns
+	cold    chan struct{} // Redis may have been emptied
+	up      atomic.Bool   // the breaker: cleared by an error, set by an answered PING once all debts are paid
+	latency atomic.Int64  // of the last PING, in ns
 
 	mu     sync.Mutex          // guards owed, banned and the setting of up; a leaf but for repay's Redis call
 	owed   map[string]struct{} // codes changed while Redis was out of reach
@@ -51,6 +52,7 @@ const (
 	batchSize    = 64                     // keys in one MGET: beyond that batches cost latency and win nothing
 	warmChunk    = 1000                   // links in one pipeline: 283,000 SETs/s; larger ones only block Redis longer
 	pingEvery    = 500 * time.Millisecond // a quarter of trustFor: one lost PING costs nothing
+	retryEvery   = 200 * time.Millisecond // between attempts to connect
 
 	warmKey     = "hop:warm" // stands while Redis is warm: an emptied Redis has lost it
 	pushChannel = "__redis__:invalidate"
@@ -59,19 +61,14 @@ const (
 )
 
 // fillScript sets a value if the reader's lease still stands.
-var fillScript = redis.NewScript(1, `
-	if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
-	redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3]) return 1`)
+const fillScript = `if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3]) end`
 
-// getRequest waits for one value. reply has room for it.
+// getRequest waits for one value; done is closed when value or err is set.
 type getRequest struct {
 	code  string
-	reply chan getReply
-}
-
-type getReply struct {
 	value []byte
 	err   error
+	done  chan struct{}
 }
 
 var errRedisDown = errors.New("redis is out of reach")
@@ -89,7 +86,7 @@ func openRedis(url string, local *localTier, scan func(int64, int) ([]namedTarge
 			_, err := c.Do("PING")
 			return err
 		}}
-	r := &redisTier{pool: pool, local: local, scan: scan, log: log, gets: make(chan *getRequest, maxWaiting), owed: map[string]struct{}{}}
+	r := &redisTier{pool: pool, local: local, scan: scan, log: log, gets: make(chan *getRequest, maxWaiting), cold: make(chan struct{}, 1), owed: map[string]struct{}{}}
 	for range 2 { // one sends while the other receives
 		go r.serveGets()
 	}
@@ -108,72 +105,63 @@ func (r *redisTier) failed(err error) {
 	}
 }
 
+// do sends one command on a pooled connection.
+func (r *redisTier) do(command string, args ...any) (any, error) {
+	conn := r.pool.Get()
+	defer conn.Close()
+	reply, err := conn.Do(command, args...)
+	r.failed(err)
+	return reply, err
+}
+
 // get returns the value of code, nil if there is none. Requests of one moment share an MGET.
 func (r *redisTier) get(code string) ([]byte, error) {
-	req := &getRequest{code, make(chan getReply, 1)}
+	req := &getRequest{code: code, done: make(chan struct{})}
 	select {
 	case r.gets <- req:
+		<-req.done
+		return req.value, req.err
 	default:
 		return nil, errOverloaded
 	}
-	reply := <-req.reply
-	return reply.value, reply.err
 }
 
 // serveGets answers get requests for ever, each within redisTimeout.
 func (r *redisTier) serveGets() {
 	for first := range r.gets {
 		batch := drain(r.gets, first, batchSize)
-		values, err := r.mget(batch)
-		r.failed(err)
+		keys := make([]any, len(batch))
 		for i, req := range batch {
-			if err != nil {
-				req.reply <- getReply{err: err}
-			} else {
-				req.reply <- getReply{value: values[i]}
+			keys[i] = key(req.code)
+		}
+		values, err := make([][]byte, len(batch)), errRedisDown
+		if r.up.Load() { // it may have gone while they queued
+			if reply, failure := redis.ByteSlices(r.do("MGET", keys...)); failure == nil {
+				values, err = reply, nil
 			}
 		}
+		for i, req := range batch {
+			req.value, req.err = values[i], err
+			close(req.done)
+		}
 	}
-}
-
-// mget asks for a batch in one command.
-func (r *redisTier) mget(batch []*getRequest) ([][]byte, error) {
-	if !r.up.Load() {
-		return nil, errRedisDown
-	}
-	keys := make([]any, len(batch))
-	for i, req := range batch {
-		keys[i] = key(req.code)
-	}
-	conn := r.pool.Get()
-	defer conn.Close()
-	return redis.ByteSlices(conn.Do("MGET", keys...))
 }
 
 // lease tries to become the reader who may fill code: a token, or "" when somebody else is or a hold stands. ok is false when
 // Redis could not be asked.
 func (r *redisTier) lease(code string) (token string, ok bool) {
 	token = "?" + rand.Text()
-	conn := r.pool.Get()
-	defer conn.Close()
-	_, err := redis.String(conn.Do("SET", key(code), token, "NX", "PX", leaseTTL.Milliseconds()))
-	if err == redis.ErrNil {
-		return "", true
+	reply, err := r.do("SET", key(code), token, "NX", "PX", leaseTTL.Milliseconds())
+	if reply == nil {
+		token = ""
 	}
-	r.failed(err)
-	if err != nil {
-		return "", false
-	}
-	return token, true
+	return token, err == nil
 }
 
 // fill gives code's value to all replicas, if the lease still stands.
 func (r *redisTier) fill(code, lease string, t target) {
 	value, ttl := encodeTarget(t)
-	conn := r.pool.Get()
-	defer conn.Close()
-	_, err := fillScript.Do(conn, key(code), lease, value, ttl)
-	r.failed(err)
+	r.do("EVAL", fillScript, 1, key(code), lease, value, ttl)
 }
 
 // encodeTarget returns the value that stands for t and how many ms it may stand.
@@ -281,75 +269,85 @@ func (r *redisTier) repay() error {
 
 // track keeps the local tier coherent until ctx ends: Redis tells of every change to u:* on a connection that redirects its
 // invalidations to itself (two connections go deaf when the tracking one dies), and answered PINGs on the same connection prove
-// that it still does. trusted is called at the first one.
-func (r *redisTier) track(ctx context.Context, trusted func()) {
-	for wait := 50 * time.Millisecond; ctx.Err() == nil; wait = min(2*wait, time.Second) {
-		err := r.trackOnce(ctx, func() { wait = 50 * time.Millisecond; trusted() })
+// that it still does.
+func (r *redisTier) track(ctx context.Context) {
+	for ctx.Err() == nil {
+		err := r.trackOnce(ctx)
 		r.local.distrust()
 		if ctx.Err() == nil {
 			r.failed(err)
 		}
 		select {
-		case <-time.After(wait):
+		case <-time.After(retryEvery):
 		case <-ctx.Done():
 		}
 	}
 }
 
 // trackOnce is one connection's life.
-func (r *redisTier) trackOnce(ctx context.Context, trusted func()) error {
+func (r *redisTier) trackOnce(ctx context.Context) error {
 	conn, err := r.pool.Dial()
 	if err != nil {
 		return err
 	}
 	defer conn.Close()
-	id, err := redis.Int64(conn.Do("CLIENT", "ID"))
+	id, err := conn.Do("CLIENT", "ID")
+	if err == nil {
+		_, err = conn.Do("CLIENT", "TRACKING", "ON", "REDIRECT", id, "BCAST", "PREFIX", key(""))
+	}
+	if err == nil {
+		_, err = conn.Do("SUBSCRIBE", pushChannel)
+	}
 	if err != nil {
-		return err
-	}
-	if _, err = conn.Do("CLIENT", "TRACKING", "ON", "REDIRECT", id, "BCAST", "PREFIX", key("")); err != nil {
-		return err
-	}
-	if _, err = conn.Do("SUBSCRIBE", pushChannel); err != nil {
 		return err
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	go r.ping(ctx, conn)
-	for first := true; ; {
+	r.emptied()
+	for {
 		reply, err := redis.Values(redis.ReceiveWithTimeout(conn, trustFor))
+		if err == nil {
+			err = r.hear(reply)
+		}
 		if err != nil {
 			return err
 		}
-		kind, _ := redis.String(reply[0], nil)
-		switch {
-		case kind == "pong" && len(reply) == 2:
-			sent, err := redis.Int64(reply[1], nil)
-			if err != nil {
-				return err
-			}
-			if err := r.repay(); err != nil {
-				return err
-			}
-			at := r.local.start.Add(time.Duration(sent))
-			r.latency.Store(int64(time.Since(at)))
-			r.local.trust(at)
-			if first {
-				first = false
-				go trusted()
-			}
-		case kind == "message" && len(reply) == 3 && reply[2] == nil: // FLUSHALL
-			r.local.distrust()
-			go trusted()
-		case kind == "message" && len(reply) == 3:
-			keys, err := redis.Strings(reply[2], nil)
-			if err != nil {
-				return err
-			}
-			for _, k := range keys {
-				r.local.drop(strings.TrimPrefix(k, key("")))
-			}
+	}
+}
+
+// hear takes one message: the answer to a PING, or keys that changed.
+func (r *redisTier) hear(message []any) error {
+	switch kind, _ := redis.String(message[0], nil); {
+	case kind == "pong":
+		ns, err := redis.Int64(message[1], nil)
+		if err == nil {
+			err = r.repay()
 		}
+		if err != nil {
+			return err
+		}
+		sent := r.local.start.Add(time.Duration(ns))
+		r.latency.Store(int64(time.Since(sent)))
+		r.local.trust(sent)
+	case kind == "message" && message[2] == nil: // FLUSHALL
+		r.local.distrust()
+		r.emptied()
+	case kind == "message":
+		keys, err := redis.Strings(message[2], nil)
+		for _, k := range keys {
+			r.local.drop(strings.TrimPrefix(k, key("")))
+		}
+		return err
+	}
+	return nil
+}
+
+// emptied wakes keepWarm.
+func (r *redisTier) emptied() {
+	select {
+	case r.cold <- struct{}{}:
+	default:
 	}
 }
 
@@ -372,66 +370,84 @@ func (r *redisTier) ping(ctx context.Context, conn redis.Conn) {
 
 // ---- warming ----
 
-// claimWarm is true if Redis is not warm and nobody else is about to warm it.
-func (r *redisTier) claimWarm() bool {
-	conn := r.pool.Get()
-	defer conn.Close()
-	_, err := redis.String(conn.Do("SET", warmKey, 1, "NX", "PX", valueTTL.Milliseconds()))
-	return err == nil
+// keepWarm warms Redis until ctx ends whenever it may have been emptied, one replica doing it for all. The first time it also
+// brings codes into the local tier, and then closes ready.
+func (r *redisTier) keepWarm(ctx context.Context, codes []string, ready chan<- struct{}) {
+	for {
+		select {
+		case <-r.cold:
+		case <-ctx.Done():
+			return
+		}
+		if reply, _ := r.do("SET", warmKey, 1, "NX", "PX", valueTTL.Milliseconds()); reply != nil && codes == nil {
+			r.warm(0)
+		}
+		if ready != nil {
+			r.fillLocal(codes)
+			close(ready)
+			codes, ready = nil, nil
+		}
+	}
 }
 
-// warm gives every live link to Redis that has no key there, in pipelines of warmChunk SETs, and returns how many there are and
-// the first keep codes. Each chunk is read from PostgreSQL under a lease of its own, watched by the transaction that sets it: a
-// chunk that arrives too late to be true is not set at all. Memory does not grow with the number of links.
-func (r *redisTier) warm(keep int) (n int, codes []string, err error) {
+// warm gives every live link to Redis that has no key there, in pipelines of warmChunk SETs, and returns the first keep codes.
+// Each chunk is read from PostgreSQL under a lease of its own, watched by the transaction that sets it: a chunk that arrives too
+// late to be true is not set at all. Memory does not grow with the number of links.
+func (r *redisTier) warm(keep int) (codes []string) {
 	var mu sync.Mutex // guards what follows and serialises the reads, while other workers set what they read before
-	var last int64
-	var more = true
+	var last, links int64
+	var failure error
+	var done bool
 	work := func() error {
 		conn := r.pool.Get()
 		defer conn.Close()
 		for {
 			mu.Lock()
-			if !more || err != nil {
+			if done {
 				mu.Unlock()
 				return nil
 			}
 			lease := "hop:lease:" + rand.Text()
 			conn.Send("SET", lease, 1, "PX", leaseTTL.Milliseconds())
 			conn.Send("WATCH", lease)
-			failure := receiveAll(conn, 2)
+			err := receiveAll(conn, 2)
 			var chunk []namedTarget
-			if failure == nil {
-				chunk, failure = r.scan(last, warmChunk)
+			if err == nil {
+				chunk, err = r.scan(last, warmChunk)
 			}
-			if len(chunk) > 0 {
-				last = chunk[len(chunk)-1].id
+			done, links = len(chunk) < warmChunk, links+int64(len(chunk))
+			for _, t := range chunk {
+				if last = t.id; len(codes) < keep {
+					codes = append(codes, t.code)
+				}
 			}
-			for i := 0; i < len(chunk) && len(codes) < keep; i++ {
-				codes = append(codes, chunk[i].code)
-			}
-			more, n = len(chunk) == warmChunk, n+len(chunk)
 			mu.Unlock()
-			if failure == nil {
-				failure = setChunk(conn, chunk)
+			if err == nil {
+				err = setChunk(conn, chunk)
 			}
-			if failure != nil {
-				return failure
+			if err != nil {
+				return err
 			}
 		}
 	}
+	start := time.Now()
 	var workers sync.WaitGroup
 	for range 3 { // one reads PostgreSQL, one writes to Redis, one waits for its answers
 		workers.Go(func() {
-			if failure := work(); failure != nil {
+			if err := work(); err != nil {
 				mu.Lock()
-				err = fmt.Errorf("warming: %w", failure)
+				failure, done = err, true
 				mu.Unlock()
 			}
 		})
 	}
 	workers.Wait()
-	return n, codes, err
+	if failure != nil {
+		r.log.Warn("redis not warm", "links", links, "err", failure)
+		return codes
+	}
+	r.log.Info("redis warm", "links", links, "took", time.Since(start))
+	return codes
 }
 
 // setChunk sets the missing ones of chunk in one transaction, which fails as a whole when the watched lease has expired.
@@ -446,25 +462,17 @@ func setChunk(conn redis.Conn, chunk []namedTarget) error {
 }
 
 // fillLocal brings codes from Redis into the local tier.
-func (r *redisTier) fillLocal(codes []string) error {
-	conn := r.pool.Get()
-	defer conn.Close()
-	for len(codes) > 0 {
-		chunk := codes[:min(warmChunk, len(codes))]
-		codes = codes[len(chunk):]
+func (r *redisTier) fillLocal(codes []string) {
+	for chunk := range slices.Chunk(codes, warmChunk) {
 		keys, generations := make([]any, len(chunk)), make([]uint64, len(chunk))
 		for i, code := range chunk {
 			keys[i], generations[i] = key(code), r.local.generation(code)
 		}
-		values, err := redis.ByteSlices(conn.Do("MGET", keys...))
-		if err != nil {
-			return err
-		}
-		for i, code := range chunk {
-			if t, ok := decodeTarget(values[i]); ok && t.id != 0 {
-				r.local.put(code, t, generations[i], localTTL, true)
+		values, _ := redis.ByteSlices(r.do("MGET", keys...)) // none after an error: it only leaves us colder
+		for i, value := range values {
+			if t, ok := decodeTarget(value); ok && t.id != 0 {
+				r.local.put(chunk[i], t, generations[i], localTTL, true)
 			}
 		}
 	}
-	return nil
 }

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"database/sql"
 	"embed"
@@ -28,73 +29,69 @@ var seeds embed.FS
 // chunkRows go into one INSERT: enough to make the round trip cheap, few enough to keep memory flat.
 const chunkRows = 5000
 
-// column is one column of a file and of its table. cast is its SQL type; from is what an export selects, if not just the name.
+// column is a column of a file and of its table.
 type column struct {
-	name, cast string
+	name, cast string // cast is its SQL type
 	check      func(string) error
-	nullable   bool // an empty field is NULL
-	from       string
+	refers     string // to the ids of this file; an empty field is then NULL
+	export     string // what an export selects, if not just the column
 }
 
-// csvTable is one of the files. refs are the columns that must name a row of another file.
+// csvTable is one of the files.
 type csvTable struct {
 	name    string
 	columns []column
-	refs    map[string]string
 }
 
-// csvTables are the three files in the order that foreign keys need.
+// csvTables are the three files, in the order that their references need.
 func csvTables(rules targetRules) []csvTable {
-	id := column{name: "id", cast: "bigint", check: checkID}
 	at := func(name string) column { return column{name: name, cast: "timestamp", check: checkCSVTime} }
-	ref := func(name string, nullable bool) column {
-		return column{name: name, cast: "bigint", check: checkID, nullable: nullable}
+	text := func(name string, check func(string) error) column {
+		return column{name: name, cast: "text", check: check}
 	}
+	ref := func(name, file string) column {
+		return column{name: name, cast: "bigint", check: checkID, refers: file}
+	}
+	id := column{name: "id", cast: "bigint", check: checkID}
+	active := column{name: "is_active", cast: "boolean", check: checkCSVBool, // a deleted link must not come back to life
+		export: `CASE WHEN is_active AND deleted_at IS NULL THEN 'True' ELSE 'False' END`}
+	details := column{name: "details", cast: "json", check: checkDetails}
 	return []csvTable{
-		{"users", []column{id, {name: "username", cast: "text", check: checkName}, {name: "email", cast: "text", check: checkEmail}, at("created_at")}, nil},
-		{"urls", []column{id, ref("user_id", true), {name: "short_code", cast: "text", check: checkCode},
-			{name: "original_url", cast: "text", check: rules.check}, {name: "title", cast: "text", check: checkTitle, nullable: true},
-			{name: "is_active", cast: "boolean", check: checkCSVBool, // a deleted link must not come back to life
-				from: `CASE WHEN is_active AND deleted_at IS NULL THEN 'True' ELSE 'False' END`},
-			at("created_at"), at("updated_at")}, map[string]string{"user_id": "users"}},
-		{"events", []column{id, ref("url_id", false), ref("user_id", true), {name: "event_type", cast: "text", check: checkName},
-			at("timestamp"), {name: "details", cast: "json", check: checkDetails}}, map[string]string{"url_id": "urls", "user_id": "users"}},
+		{"users", []column{id, text("username", checkName), text("email", checkEmail), at("created_at")}},
+		{"urls", []column{id, ref("user_id", "users"), text("short_code", checkCode), text("original_url", rules.check),
+			text("title", checkTitle), active, at("created_at"), at("updated_at")}},
+		{"events", []column{id, ref("url_id", "urls"), ref("user_id", "users"), text("event_type", checkName), at("timestamp"), details}},
 	}
 }
 
 func checkID(s string) error {
-	if n, err := strconv.ParseInt(s, 10, 64); err != nil || n < 1 || strconv.FormatInt(n, 10) != s {
-		return fmt.Errorf("must be a positive integer, not %q", s)
-	}
-	return nil
+	n, err := strconv.ParseInt(s, 10, 64)
+	return expect(err == nil && n > 0 && strconv.FormatInt(n, 10) == s, "must be a positive integer, not %q", s)
 }
 
 func checkCSVTime(s string) error {
-	if t, err := time.Parse(csvTime, s); err != nil || t.Format(csvTime) != s {
-		return fmt.Errorf("must be a time like 2026-01-31 12:00:00, not %q", s)
-	}
-	return nil
+	t, err := time.Parse(csvTime, s)
+	return expect(err == nil && t.Format(csvTime) == s, "must be a time like 2026-01-31 12:00:00, not %q", s)
 }
 
 func checkCSVBool(s string) error {
-	if s != "True" && s != "False" {
-		return fmt.Errorf("must be True or False, not %q", s)
-	}
-	return nil
+	return expect(s == "True" || s == "False", "must be True or False, not %q", s)
 }
 
 func checkTitle(s string) error {
-	if strings.TrimSpace(s) != s {
-		return errors.New("must not be padded with spaces")
-	}
-	return checkText(s)
+	return cmp.Or(expect(strings.TrimSpace(s) == s, "must not be padded with spaces: %q", s), checkText(s))
 }
 
 func checkDetails(s string) error {
-	if !strings.HasPrefix(s, "{") {
-		return errors.New("must be a JSON object")
+	return cmp.Or(expect(strings.HasPrefix(s, "{"), "must be a JSON object, not %q", s), checkJSON([]byte(s)))
+}
+
+// expect is nil if ok, else the error that format makes of s.
+func expect(ok bool, format, s string) error {
+	if ok {
+		return nil
 	}
-	return checkJSON([]byte(s))
+	return fmt.Errorf(format, s)
 }
 
 // rowError is a bad row: nothing was loaded.
@@ -105,29 +102,21 @@ type rowError struct {
 }
 
 func (e *rowError) Error() string {
-	where := fmt.Sprintf("%s.csv line %d", e.file, e.line)
-	if e.column != "" {
-		where += ", column " + e.column
-	}
-	return where + ": " + e.reason
+	return fmt.Sprintf("%s.csv line %d, column %s: %s", e.file, e.line, e.column, e.reason)
 }
 
 // idSet is a set of ids: one bit each where they are dense, as ids are.
 type idSet map[int64]uint64
 
 // add is false if id was there.
-func (s idSet) add(id int64) bool {
-	was := s.has(id)
-	s[id>>6] |= 1 << (id & 63)
-	return !was
-}
+func (s idSet) add(id int64) bool { was := s.has(id); s[id>>6] |= 1 << (id & 63); return !was }
 
 func (s idSet) has(id int64) bool { return s[id>>6]>>(id&63)&1 == 1 }
 
 // loader reads files into one transaction.
 type loader struct {
-	tx       *sql.Tx
-	ids      map[string]idSet // by file, of those read before
+	tx       *txn
+	ids      map[string]idSet // by file, of those read so far
 	progress func(file string, rows int)
 }
 
@@ -137,100 +126,101 @@ type rows struct {
 	lines   []int
 }
 
-// load reads one file to its end and returns how many rows it has. Rows whose id is there already are left as they are.
+// load reads one file to its end and returns how many rows it has. Rows that are there already stay as they are.
 func (l *loader) load(t csvTable, file io.Reader) (n int, err error) {
-	chunks, fail, quit := make(chan rows, 1), make(chan error, 1), make(chan struct{})
-	go func() { fail <- l.parse(t, file, chunks, quit); close(chunks) }() // the next chunk is parsed while PostgreSQL inserts this one
-	defer func() {
-		close(quit)
-		for range chunks {
-		}
-	}()
+	chunks, done := make(chan rows, 1), make(chan struct{})
+	var parseErr error
+	go func() { defer close(chunks); parseErr = l.parse(t, file, chunks, done) }() // while PostgreSQL inserts the chunk before
 	for chunk := range chunks {
-		if err := l.insert(t, chunk); err != nil {
-			return n, err
+		if err == nil {
+			if err = l.insert(t, chunk); err != nil {
+				close(done)
+			}
+			n += len(chunk.lines)
+			l.progress(t.name, n)
 		}
-		n += len(chunk.lines)
-		l.progress(t.name, n)
 	}
-	if err := <-fail; err != nil {
-		return n, err
+	if err = cmp.Or(err, parseErr); err == nil {
+		l.tx.exec(fmt.Sprintf(`
+			SELECT setval('%[1]s_id_seq', top) FROM (SELECT max(id) AS top FROM %[1]s) AS t
+			WHERE top >= (SELECT last_value FROM %[1]s_id_seq)`, t.name))
+		err = l.tx.err
 	}
-	_, err = l.tx.Exec(fmt.Sprintf(`
-		SELECT setval('%[1]s_id_seq', top) FROM (SELECT max(id) AS top FROM %[1]s) AS t
-		WHERE top >= (SELECT last_value FROM %[1]s_id_seq)`, t.name))
 	return n, err
 }
 
-// parse sends the rows of a file in chunks, all of them valid, or returns the first rowError.
-func (l *loader) parse(t csvTable, file io.Reader, chunks chan<- rows, quit <-chan struct{}) error {
+// parse sends the rows of a file in chunks, all of them valid, until done is closed; or returns the first rowError.
+func (l *loader) parse(t csvTable, file io.Reader, chunks chan<- rows, done <-chan struct{}) error {
 	r := csv.NewReader(file)
 	r.ReuseRecord = true
-	bad := func(line int, column, reason string) error { return &rowError{t.name, line, column, reason} }
 	header, err := r.Read()
 	if err != nil && err != io.EOF {
-		return l.readError(t, err)
+		return t.readError(err)
 	}
-	var want []string
+	var names []string
 	for _, c := range t.columns {
-		want = append(want, c.name)
+		names = append(names, c.name)
 	}
-	if got := strings.TrimPrefix(strings.Join(header, ","), "\ufeff"); got != strings.Join(want, ",") { // Excel writes the BOM
-		return bad(1, "", fmt.Sprintf("the header must be %s", strings.Join(want, ",")))
+	if got := strings.TrimPrefix(strings.Join(header, ","), "\ufeff"); got != strings.Join(names, ",") { // Excel writes the BOM
+		return &rowError{t.name, 1, "id", fmt.Sprintf("the header must be %s", strings.Join(names, ","))}
 	}
-	ids, codes := idSet{}, map[string]bool{}
-	l.ids[t.name] = ids
-	for end := false; !end; {
-		chunk := rows{columns: make([]pq.StringArray, len(want))}
+	codes := map[string]bool{}
+	l.ids[t.name] = idSet{}
+	for err == nil {
+		chunk := rows{columns: make([]pq.StringArray, len(names))}
 		for len(chunk.lines) < chunkRows {
-			record, err := r.Read()
-			if end = err == io.EOF; end {
+			var record []string
+			if record, err = r.Read(); err == io.EOF {
 				break
-			}
-			if err != nil {
-				return l.readError(t, err)
+			} else if err != nil {
+				return t.readError(err)
 			}
 			line, _ := r.FieldPos(0)
 			for i, c := range t.columns {
-				v := record[i]
-				if err := c.check(v); err != nil && !(v == "" && c.nullable) {
-					return bad(line, c.name, err.Error())
+				v := strings.Clone(record[i]) // the reader's buffer holds the whole row
+				if err := l.check(t, c, v, codes); err != nil {
+					return &rowError{t.name, line, c.name, err.Error()}
 				}
-				if other, ok := t.refs[c.name]; ok && v != "" {
-					if id, _ := strconv.ParseInt(v, 10, 64); !l.ids[other].has(id) {
-						return bad(line, c.name, fmt.Sprintf("there is no row %s in %s.csv", v, other))
-					}
-				}
-				if c.name == "short_code" && codes[v] {
-					return bad(line, c.name, fmt.Sprintf("%q stands in an earlier row", v))
-				} else if c.name == "short_code" {
-					codes[strings.Clone(v)] = true
-				}
-				chunk.columns[i] = append(chunk.columns[i], strings.Clone(v)) // the reader's buffer holds the whole row
-			}
-			if id, _ := strconv.ParseInt(record[0], 10, 64); !ids.add(id) {
-				return bad(line, "id", "stands in an earlier row")
+				chunk.columns[i] = append(chunk.columns[i], v)
 			}
 			chunk.lines = append(chunk.lines, line)
 		}
 		select {
 		case chunks <- chunk:
-		case <-quit:
+		case <-done:
 			return nil
 		}
 	}
 	return nil
 }
 
+// check judges one field, by itself and by what the files had before it.
+func (l *loader) check(t csvTable, c column, v string, codes map[string]bool) error {
+	if v == "" && (c.refers != "" || c.name == "title") && c.name != "url_id" {
+		return nil // NULL: an owner who was deleted, a link without a title
+	}
+	if err := c.check(v); err != nil {
+		return err
+	}
+	id, _ := strconv.ParseInt(v, 10, 64)
+	if c.name == "short_code" {
+		defer func() { codes[v] = true }()
+	}
+	if c.name == "id" && !l.ids[t.name].add(id) || codes[v] && c.name == "short_code" {
+		return fmt.Errorf("%s stands in an earlier row", v)
+	}
+	return expect(c.refers == "" || l.ids[c.refers].has(id), "there is no row %s in "+c.refers+".csv", v)
+}
+
 // readError turns what encoding/csv says into a rowError; a failed read stays what it is.
-func (l *loader) readError(t csvTable, err error) error {
-	if parse := (*csv.ParseError)(nil); errors.As(err, &parse) {
-		return &rowError{t.name, parse.Line, "", parse.Err.Error()}
+func (t csvTable) readError(err error) error {
+	if bad := (*csv.ParseError)(nil); errors.As(err, &bad) {
+		return &rowError{t.name, bad.Line, fmt.Sprint(bad.Column), bad.Err.Error()}
 	}
 	return err
 }
 
-// insert adds the rows of a chunk that are not there yet. A row that is neither new nor the one that is there is refused.
+// insert adds the rows of a chunk that are not there yet. A link that is neither new nor the one that is there is refused.
 func (l *loader) insert(t csvTable, chunk rows) error {
 	if len(chunk.lines) == 0 {
 		return nil
@@ -238,35 +228,50 @@ func (l *loader) insert(t csvTable, chunk rows) error {
 	var names, values, params []string
 	var args []any
 	for i, c := range t.columns {
-		names = append(names, c.name)
-		values = append(values, fmt.Sprintf("NULLIF(%s, '')::%s", c.name, c.cast))
-		params = append(params, fmt.Sprintf("$%d::text[]", i+1))
-		args = append(args, chunk.columns[i])
+		names, values = append(names, c.name), append(values, fmt.Sprintf("NULLIF(%s, '')::%s", c.name, c.cast))
+		params, args = append(params, fmt.Sprintf("$%d::text[]", i+1)), append(args, chunk.columns[i])
 	}
-	from := fmt.Sprintf("unnest(%s) AS r (%s)", strings.Join(params, ", "), strings.Join(names, ", "))
-	result, err := l.tx.Exec(fmt.Sprintf(`INSERT INTO %s (%s) SELECT %s FROM %s ON CONFLICT DO NOTHING`,
-		t.name, strings.Join(names, ", "), strings.Join(values, ", "), from), args...)
-	if err != nil {
-		return fmt.Errorf("%s.csv lines %d-%d: %w", t.name, chunk.lines[0], chunk.lines[len(chunk.lines)-1], err)
+	n := l.tx.exec(fmt.Sprintf(`INSERT INTO %s (%[2]s) SELECT %s FROM unnest(%s) AS r (%[2]s) ON CONFLICT DO NOTHING`,
+		t.name, strings.Join(names, ", "), strings.Join(values, ", "), strings.Join(params, ", ")), args...)
+	if l.tx.err != nil {
+		return fmt.Errorf("%s.csv lines %d-%d: %w", t.name, chunk.lines[0], chunk.lines[len(chunk.lines)-1], l.tx.err)
 	}
-	if n, _ := result.RowsAffected(); t.name != "urls" || n == int64(len(chunk.lines)) {
+	if t.name != "urls" || n == int64(len(chunk.lines)) {
 		return nil
 	}
 	var at int
-	err = l.tx.QueryRow(`
+	l.tx.row(nil, []any{&at}, `
 		SELECT n FROM unnest($1::text[], $2::text[]) WITH ORDINALITY AS r (id, code, n)
 		WHERE NOT EXISTS (SELECT 1 FROM urls WHERE urls.id = r.id::bigint AND urls.short_code = r.code) ORDER BY n LIMIT 1`,
-		chunk.columns[0], chunk.columns[2]).Scan(&at)
-	if errors.Is(err, sql.ErrNoRows) {
-		return nil
-	}
-	if err != nil {
-		return err
+		chunk.columns[0], chunk.columns[2])
+	if at == 0 || l.tx.err != nil {
+		return l.tx.err
 	}
 	return &rowError{t.name, chunk.lines[at-1], "short_code", "the database has another link with this id or this code"}
 }
 
-// loadUsers loads one users.csv, all of it or nothing, one file at a time.
+// loadAll loads the files that open gives, all or nothing, and returns the rows of each.
+func (s *Store) loadAll(tables []csvTable, open func(name string) (io.ReadCloser, error), progress func(string, int)) ([]int, error) {
+	return inTx(context.Background(), s.back, func(tx *txn) (counts []int) {
+		l := loader{tx: tx, ids: map[string]idSet{}, progress: progress}
+		for _, t := range tables {
+			f, err := open(t.name + ".csv")
+			if err == nil {
+				defer f.Close()
+				var n int
+				n, err = l.load(t, f)
+				counts = append(counts, n)
+			}
+			if err != nil {
+				tx.err = err
+				break
+			}
+		}
+		return counts
+	})
+}
+
+// loadUsers loads one users.csv, all of it or nothing, one file at a time. It may take as long as backTimeout per chunk.
 func (s *Store) loadUsers(file io.Reader) (int, error) {
 	if s.down.Load() {
 		return 0, errUnavailable
@@ -275,64 +280,44 @@ func (s *Store) loadUsers(file io.Reader) (int, error) {
 		return 0, errOverloaded
 	}
 	defer s.bulk.leave()
-	n, err := inTx(context.Background(), s.back, func(tx *sql.Tx) (int, error) {
-		l := loader{tx: tx, ids: map[string]idSet{}, progress: func(string, int) {}}
-		return l.load(csvTables(targetRules{})[0], file)
-	})
-	if bad := (*rowError)(nil); errors.As(err, &bad) || errors.As(err, new(*http.MaxBytesError)) {
+	open := func(string) (io.ReadCloser, error) { return io.NopCloser(file), nil }
+	counts, err := s.loadAll(csvTables(targetRules{})[:1], open, func(string, int) {})
+	if errors.As(err, new(*rowError)) || errors.As(err, new(*http.MaxBytesError)) {
 		return 0, err
+	} else if err != nil {
+		return 0, s.classify(err)
 	}
-	return n, s.classify(err)
+	return counts[0], nil
 }
 
-// seed loads the three files of dir, all or nothing, and prints what it did. Rows that are there already stay as they are.
+// seed loads the three files of dir, all or nothing, and prints what it did.
 func (s *Store) seed(dir fs.FS, rules targetRules, out io.Writer) error {
 	start := time.Now()
-	counts, err := inTx(context.Background(), s.back, func(tx *sql.Tx) (counts []string, err error) {
-		l := loader{tx: tx, ids: map[string]idSet{}, progress: func(file string, n int) {
-			if n%100_000 == 0 {
-				fmt.Fprintf(out, "%s.csv: %d rows, %v\n", file, n, time.Since(start).Round(time.Second))
-			}
-		}}
-		for _, t := range csvTables(rules) {
-			f, err := dir.Open(t.name + ".csv")
-			if err != nil {
-				return nil, err
-			}
-			n, err := l.load(t, f)
-			f.Close()
-			if err != nil {
-				return nil, err
-			}
-			counts = append(counts, fmt.Sprintf("%d %s", n, t.name))
+	open := func(name string) (io.ReadCloser, error) { return dir.Open(name) }
+	counts, err := s.loadAll(csvTables(rules), open, func(file string, n int) {
+		if n%100_000 == 0 {
+			fmt.Fprintf(out, "%s.csv: %d rows, %v\n", file, n, time.Since(start).Round(time.Second))
 		}
-		return counts, nil
 	})
 	if err != nil {
 		return fmt.Errorf("nothing loaded: %w", err)
 	}
-	fmt.Fprintf(out, "loaded %s in %v\n", strings.Join(counts, ", "), time.Since(start).Round(time.Millisecond))
+	fmt.Fprintf(out, "loaded %d users, %d urls, %d events in %v\n", counts[0], counts[1], counts[2], time.Since(start).Round(time.Millisecond))
 	return nil
 }
 
 // export writes the three files to dir as of one moment.
 func (s *Store) export(dir string) error {
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return err
-	}
-	_, err := inTx(context.Background(), s.back, func(tx *sql.Tx) (none struct{}, err error) {
-		if _, err := tx.Exec(`SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY`); err != nil {
-			return none, err
-		}
-		if _, err := tx.Exec(`SET LOCAL statement_timeout = 0`); err != nil { // a statement lasts as long as its rows are written
-			return none, err
-		}
-		for _, t := range csvTables(targetRules{}) {
-			if err := exportTable(tx, t, filepath.Join(dir, t.name+".csv")); err != nil {
-				return none, err
+	_, err := inTx(context.Background(), s.back, func(t *txn) (none struct{}) {
+		t.exec(`SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY`)
+		t.exec(`SET LOCAL statement_timeout = 0`) // a statement lasts as long as its rows are written
+		t.err = errors.Join(t.err, os.MkdirAll(dir, 0o755))
+		for _, table := range csvTables(targetRules{}) {
+			if t.err == nil {
+				t.err = exportTable(t.Tx, table, filepath.Join(dir, table.name+".csv"))
 			}
 		}
-		return none, nil
+		return none
 	})
 	return err
 }
@@ -347,22 +332,20 @@ func exportTable(tx *sql.Tx, t csvTable, name string) error {
 	w := csv.NewWriter(f)
 	record, exprs, dest := make([]string, len(t.columns)), make([]string, len(t.columns)), make([]any, len(t.columns))
 	for i, c := range t.columns {
-		record[i], dest[i], exprs[i] = c.name, &record[i], c.from
-		if c.from == "" {
+		record[i], dest[i], exprs[i] = c.name, &record[i], c.export
+		if c.export == "" {
 			exprs[i] = fmt.Sprintf("COALESCE(%s::text, '')", c.name)
 		}
 	}
-	w.Write(record)
 	rows, err := tx.Query(fmt.Sprintf(`SELECT %s FROM %s ORDER BY id`, strings.Join(exprs, ", "), t.name))
 	if err != nil {
 		return err
 	}
 	defer rows.Close()
-	for rows.Next() {
+	for w.Write(record); rows.Next(); w.Write(record) {
 		if err := rows.Scan(dest...); err != nil {
 			return err
 		}
-		w.Write(record)
 	}
 	w.Flush()
 	return errors.Join(rows.Err(), w.Error(), f.Close())

@@ -2,6 +2,7 @@ package main
 
 import (
 	"encoding/json"
+	"fmt"
 	"net/http"
 	"strconv"
 	"time"
@@ -9,8 +10,8 @@ import (
 
 // Links: POST /shorten, and the resource /urls.
 
-// shortened is a new link as POST /shorten and the bulk routes answer it.
-type shortened struct {
+// answered is a link as writes answer it.
+type answered struct {
 	link
 	ShortURL string `json:"short_url,omitempty"`
 	Cache    string `json:"cache,omitempty"` // pending: see Cache.change
@@ -25,28 +26,34 @@ type creation struct {
 // handleShorten makes a link for anybody.
 func (s *Server) handleShorten(w http.ResponseWriter, r *http.Request) error {
 	m, err := s.createLink(w, r, false)
-	if err != nil {
-		return err
-	}
-	return writeJSON(w, http.StatusCreated, shortened{m.link, s.cfg.BaseURL + "/" + m.link.ShortCode, pendingWord(m.pending)})
+	return respond(w, http.StatusCreated, m.answer(s.cfg.BaseURL), err)
 }
 
 // handleCreateLink makes a link for a user.
 func (s *Server) handleCreateLink(w http.ResponseWriter, r *http.Request) error {
 	m, err := s.createLink(w, r, true)
-	if err != nil {
-		return err
+	return respond(w, http.StatusCreated, m.answer(""), err)
+}
+
+// answer is m for the client, with its short URL if base is given.
+func (m made) answer(base string) answered {
+	a := answered{link: m.link}
+	if base != "" {
+		a.ShortURL = base + "/" + m.link.ShortCode
 	}
-	return writeJSON(w, http.StatusCreated, shortened{m.link, "", pendingWord(m.pending)})
+	if m.pending {
+		a.Cache = "pending"
+	}
+	return a
 }
 
 // createLink makes the link that a body asks for. It travels with others: concurrent creates share a statement and a commit.
 func (s *Server) createLink(w http.ResponseWriter, r *http.Request, needsUser bool) (made, error) {
-	var f fields
-	if err := decodeBody(w, r, maxBody, &f); err != nil {
+	f, err := readFields(w, r)
+	if err != nil {
 		return made{}, err
 	}
-	l := s.readLink(&f, needsUser)
+	l := s.readLink(f, needsUser)
 	if err := f.err(); err != nil {
 		return made{}, err
 	}
@@ -141,46 +148,48 @@ func (s *Server) makeLinks(links []newLink) []made {
 
 // bulkResult is what became of one link of a bulk request: its status, and the link or the error.
 type bulkResult struct {
-	Status int        `json:"status"`
-	URL    *shortened `json:"url,omitempty"`
+	Status int       `json:"status"`
+	URL    *answered `json:"url,omitempty"`
 	*apiError
 }
 
 // handleBulk makes up to maxBulk links in one statement, each for itself: a bad one does not stop the others.
 func (s *Server) handleBulk(w http.ResponseWriter, r *http.Request) error {
 	var items []json.RawMessage
-	if err := decodeBody(w, r, maxBulkBody, &items); err != nil {
+	if err := readJSON(w, r, maxBulkBody, &items); err != nil {
 		return err
 	}
 	if len(items) == 0 || len(items) > maxBulk {
-		return &apiError{http.StatusBadRequest, "invalid_request", "the body must be an array of 1 to " + strconv.Itoa(maxBulk) + " links", nil}
+		return &apiError{http.StatusBadRequest, "invalid_request", fmt.Sprintf("the body must be an array of 1 to %d links", maxBulk), nil}
 	}
 	results := make([]bulkResult, len(items))
-	var links []newLink
-	var at []int
-	for i, item := range items {
-		var f fields
-		err := f.decode(item)
-		if err != nil {
-			err = &apiError{http.StatusBadRequest, "invalid_json", "this item " + err.Error(), nil}
-		} else if l := s.readLink(&f, r.Pattern == "POST /urls/bulk"); f.err() == nil {
-			links, at = append(links, l), append(at, i)
-			continue
-		} else {
-			err = f.err()
-		}
+	refuse := func(i int, err error) {
 		api := asAPIError(err)
 		results[i] = bulkResult{api.status, nil, api}
 	}
-	for n, m := range s.makeLinks(links) {
-		if m.err != nil {
-			api := asAPIError(m.err)
-			results[at[n]] = bulkResult{api.status, nil, api}
+	var links []newLink
+	var at []int
+	for i, item := range items {
+		f := &fields{problems: map[string]string{}}
+		if json.Unmarshal(item, &f.raw) != nil || f.raw == nil {
+			f.refuse("item", "must be a JSON object")
+		}
+		l := s.readLink(f, r.Pattern == "POST /urls/bulk")
+		if err := f.err(); err != nil {
+			refuse(i, err)
 			continue
 		}
-		results[at[n]] = bulkResult{http.StatusCreated, &shortened{m.link, s.cfg.BaseURL + "/" + m.link.ShortCode, pendingWord(m.pending)}, nil}
+		links, at = append(links, l), append(at, i)
 	}
-	return writeJSON(w, http.StatusOK, map[string]any{"results": results})
+	for n, m := range s.makeLinks(links) {
+		if m.err != nil {
+			refuse(at[n], m.err)
+			continue
+		}
+		a := m.answer(s.cfg.BaseURL)
+		results[at[n]] = bulkResult{http.StatusCreated, &a, nil}
+	}
+	return respond(w, http.StatusOK, map[string]any{"results": results}, nil)
 }
 
 // handleListLinks lists links by user_id, is_active or short_code.
@@ -212,97 +221,65 @@ func (s *Server) handleListLinks(w http.ResponseWriter, r *http.Request) error {
 
 // handleGetLink answers one link.
 func (s *Server) handleGetLink(w http.ResponseWriter, r *http.Request) error {
-	id, err := pathID(r)
-	if err != nil {
-		return err
-	}
-	l, err := s.store.link(id)
-	if err != nil {
-		return err
-	}
-	return writeJSON(w, http.StatusOK, l)
+	l, err := s.store.link(pathID(r))
+	return respond(w, http.StatusOK, l, err)
 }
 
 // handleUpdateLink changes a link, here and in every cache, before it answers.
 func (s *Server) handleUpdateLink(w http.ResponseWriter, r *http.Request) error {
-	id, err := pathID(r)
+	f, err := readFields(w, r)
 	if err != nil {
-		return err
-	}
-	var f fields
-	if err := decodeBody(w, r, maxBody, &f); err != nil {
 		return err
 	}
 	var ch linkChange
 	if f.has("original_url") {
-		url := f.text("original_url", true, s.rules.check)
-		ch.url = &url
+		ch.url = new(f.text("original_url", true, s.rules.check))
 	}
 	if f.has("is_active") {
-		active := f.flag("is_active")
-		ch.active = &active
+		ch.active = new(f.flag("is_active"))
 	}
 	if f.has("title") {
-		title := f.text("title", false, checkText)
-		ch.title = &title
+		ch.title = new(f.text("title", false, checkText))
 	}
 	ch.expires, ch.expiring = f.future("expires_at", time.Now()), f.has("expires_at")
-	if ch.url == nil && ch.active == nil && ch.title == nil && !ch.expiring {
+	if ch == (linkChange{}) {
 		f.refuse("body", "must have original_url, title, is_active or expires_at")
 	}
 	if err := f.err(); err != nil {
 		return err
 	}
-	l, err := s.store.link(id)
-	if err != nil {
-		return err
-	}
-	pending, err := s.cache.change([]string{l.ShortCode}, func() (err error) { l, err = s.store.updateLink(id, ch); return err })
-	if err != nil {
-		return err
-	}
-	return writeJSON(w, http.StatusOK, shortened{l, "", pendingWord(pending)})
+	m, err := s.changeLink(r, func(id int64) (link, error) { return s.store.updateLink(id, ch) })
+	return respond(w, http.StatusOK, m.answer(""), err)
 }
 
 // handleDeleteLink hides a link for good.
 func (s *Server) handleDeleteLink(w http.ResponseWriter, r *http.Request) error {
-	id, err := pathID(r)
-	if err != nil {
-		return err
-	}
+	_, err := s.changeLink(r, func(id int64) (link, error) { return link{}, s.store.deleteLink(id) })
+	return respond(w, http.StatusNoContent, nil, err)
+}
+
+// changeLink does commit to the link of the path and to every cache.
+func (s *Server) changeLink(r *http.Request, commit func(id int64) (link, error)) (m made, err error) {
+	id := pathID(r)
 	l, err := s.store.link(id)
 	if err != nil {
-		return err
+		return m, err
 	}
-	if _, err := s.cache.change([]string{l.ShortCode}, func() error { return s.store.deleteLink(id) }); err != nil {
-		return err
-	}
-	w.WriteHeader(http.StatusNoContent)
-	return nil
+	m.pending, err = s.cache.change([]string{l.ShortCode}, func() (err error) { m.link, err = commit(id); return err })
+	return m, err
 }
 
-// pendingWord is the cache field of an answer.
-func pendingWord(pending bool) string {
-	if pending {
-		return "pending"
-	}
-	return ""
-}
-
-// pathID is the {id} of a path; what is no positive integer names nothing.
-func pathID(r *http.Request) (int64, error) {
+// pathID is the {id} of a path; what is no positive integer is 0, which no row has.
+func pathID(r *http.Request) int64 {
 	id, err := strconv.ParseInt(r.PathValue("id"), 10, 64)
-	if err != nil || id < 1 {
-		return 0, errNotFound
+	if err != nil {
+		return 0
 	}
-	return id, nil
+	return id
 }
 
 // writeList answers one page, and says in a Link header (RFC 8288) where the next one starts.
 func writeList[T any](w http.ResponseWriter, r *http.Request, rows []T, p page, err error, id func(T) int64) error {
-	if err != nil {
-		return err
-	}
 	if len(rows) > p.limit {
 		rows = rows[:p.limit]
 		q := r.URL.Query()
@@ -310,5 +287,5 @@ func writeList[T any](w http.ResponseWriter, r *http.Request, rows []T, p page, 
 		q.Set("after", strconv.FormatInt(id(rows[p.limit-1]), 10))
 		w.Header().Set("Link", "<"+r.URL.Path+"?"+q.Encode()+`>; rel="next"`)
 	}
-	return writeJSON(w, http.StatusOK, rows)
+	return respond(w, http.StatusOK, rows, err)
 }

@@ -23,21 +23,14 @@ func (s *Server) handleListUsers(w http.ResponseWriter, r *http.Request) error {
 
 // handleGetUser answers one user.
 func (s *Server) handleGetUser(w http.ResponseWriter, r *http.Request) error {
-	id, err := pathID(r)
-	if err != nil {
-		return err
-	}
-	u, err := s.store.user(id)
-	if err != nil {
-		return err
-	}
-	return writeJSON(w, http.StatusOK, u)
+	u, err := s.store.user(pathID(r))
+	return respond(w, http.StatusOK, u, err)
 }
 
 // handleCreateUser makes a user with a name and an e-mail nobody has.
 func (s *Server) handleCreateUser(w http.ResponseWriter, r *http.Request) error {
-	var f fields
-	if err := decodeBody(w, r, maxBody, &f); err != nil {
+	f, err := readFields(w, r)
+	if err != nil {
 		return err
 	}
 	name, email := f.text("username", true, checkName), f.text("email", true, checkEmail)
@@ -45,20 +38,13 @@ func (s *Server) handleCreateUser(w http.ResponseWriter, r *http.Request) error 
 		return err
 	}
 	u, err := s.store.createUser(name, email)
-	if err != nil {
-		return err
-	}
-	return writeJSON(w, http.StatusCreated, u)
+	return respond(w, http.StatusCreated, u, err)
 }
 
 // handleUpdateUser changes a name or an e-mail or both.
 func (s *Server) handleUpdateUser(w http.ResponseWriter, r *http.Request) error {
-	id, err := pathID(r)
+	f, err := readFields(w, r)
 	if err != nil {
-		return err
-	}
-	var f fields
-	if err := decodeBody(w, r, maxBody, &f); err != nil {
 		return err
 	}
 	name, email := f.text("username", f.has("username"), checkName), f.text("email", f.has("email"), checkEmail)
@@ -68,24 +54,13 @@ func (s *Server) handleUpdateUser(w http.ResponseWriter, r *http.Request) error 
 	if err := f.err(); err != nil {
 		return err
 	}
-	u, err := s.store.updateUser(id, name, email)
-	if err != nil {
-		return err
-	}
-	return writeJSON(w, http.StatusOK, u)
+	u, err := s.store.updateUser(pathID(r), name, email)
+	return respond(w, http.StatusOK, u, err)
 }
 
 // handleDeleteUser removes a user; links and events stay.
 func (s *Server) handleDeleteUser(w http.ResponseWriter, r *http.Request) error {
-	id, err := pathID(r)
-	if err != nil {
-		return err
-	}
-	if err := s.store.deleteUser(id); err != nil {
-		return err
-	}
-	w.WriteHeader(http.StatusNoContent)
-	return nil
+	return respond(w, http.StatusNoContent, nil, s.store.deleteUser(pathID(r)))
 }
 
 // handleBulkUsers loads a users.csv, multipart field "file" or the whole body: all rows or none, streamed.
@@ -101,15 +76,11 @@ func (s *Server) handleBulkUsers(w http.ResponseWriter, r *http.Request) error {
 	}
 	n, err := s.store.loadUsers(file)
 	if bad := (*rowError)(nil); errors.As(err, &bad) {
-		return &apiError{http.StatusBadRequest, "invalid_csv", bad.Error(), nil}
+		err = &apiError{http.StatusBadRequest, "invalid_csv", bad.Error(), nil}
+	} else if errors.As(err, new(*http.MaxBytesError)) {
+		err = bodyError(err)
 	}
-	if tooLarge := (*http.MaxBytesError)(nil); errors.As(err, &tooLarge) {
-		return bodyError(err)
-	}
-	if err != nil {
-		return err
-	}
-	return writeJSON(w, http.StatusCreated, map[string]int{"imported": n, "count": n})
+	return respond(w, http.StatusCreated, map[string]int{"imported": n, "count": n}, err)
 }
 
 // bulkFile finds the CSV in a request.
@@ -125,10 +96,9 @@ func bulkFile(r *http.Request) (io.Reader, error) {
 	}
 	for {
 		part, err := form.NextPart()
-		if tooLarge := (*http.MaxBytesError)(nil); errors.As(err, &tooLarge) {
+		if errors.As(err, new(*http.MaxBytesError)) {
 			return nil, bodyError(err)
-		}
-		if err != nil {
+		} else if err != nil {
 			return nil, noFile
 		}
 		if part.FormName() == "file" {

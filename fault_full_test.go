@@ -1,0 +1,5 @@
+//go:build fault
+
+package main
+
+func init() { fullLength = true }
