@@ -471,7 +471,9 @@ func TestFault04PostgresPaused(t *testing.T) {
 			}
 		}
 	}
-	eventually(t, 3*time.Second, "creates work again", func() bool { return do(t, "POST", r.hop.url+"/shorten", `{"url":"https://example.com/x"}`).status == 201 })
+	eventually(t, 3*time.Second, "creates work again", func() bool {
+		return do(t, "POST", r.hop.url+"/shorten", `{"url":"https://example.com/x"}`).status == 201
+	})
 	l.during(full(5*time.Second, time.Second))
 	b, d := l.figures(calm), l.figures(hit)
 	v.noneFailed(l.figures(whole))

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"crypto/rand"
 	"crypto/sha256"
 	"crypto/subtle"
@@ -207,47 +208,32 @@ func (s *Server) handleStats(w http.ResponseWriter, r *http.Request) error {
 	return respond(w, http.StatusOK, st, err)
 }
 
-// health is the body of GET /health.
-type health struct {
-	Status   string     `json:"status"` // ok, or unavailable when links cannot be served
-	Ready    bool       `json:"ready"`
-	Draining bool       `json:"draining"`
-	Postgres peerHealth `json:"postgres"`
-	Redis    peerHealth `json:"redis"`
-	Clicks   struct {
-		Journal string `json:"journal"` // disk, or why clicks would not survive a kill
-		Pending int64  `json:"pending"`
-	} `json:"clicks"`
-}
-
 // peerHealth is the last known state of a dependency: up, down or disabled.
 type peerHealth struct {
 	Status    string  `json:"status"`
 	LatencyMS float64 `json:"latency_ms"`
 }
 
-// handleHealth answers from memory; probes run in the background.
+func peer(up bool, latency int64) peerHealth {
+	if up {
+		return peerHealth{"up", float64(latency/1000) / 1000}
+	}
+	return peerHealth{"down", 0}
+}
+
+// handleHealth answers from memory; probes run in the background. ok means that links are served.
 func (s *Server) handleHealth(w http.ResponseWriter, _ *http.Request) error {
-	peer := func(up bool, ns int64) peerHealth {
-		if !up {
-			return peerHealth{"down", 0}
-		}
-		return peerHealth{"up", float64(ns/1000) / 1000}
+	ready, draining, rt, journal := s.ready.Load(), s.draining.Load(), s.cache.redis, cmp.Or(s.clicks.degraded(), "disk")
+	postgres, redis := peer(!s.store.down.Load(), s.store.latency.Load()), peerHealth{Status: "disabled"}
+	if rt != nil {
+		redis = peer(rt.up.Load(), rt.latency.Load())
 	}
-	h := health{Status: "ok", Ready: s.ready.Load(), Draining: s.draining.Load(), Redis: peerHealth{Status: "disabled"}}
-	h.Postgres = peer(!s.store.down.Load(), s.store.latency.Load())
-	if rt := s.cache.redis; rt != nil {
-		h.Redis = peer(rt.up.Load(), rt.latency.Load())
+	word, status := "ok", http.StatusOK
+	if !ready || draining || postgres.Status != "up" && redis.Status != "up" {
+		word, status = "unavailable", http.StatusServiceUnavailable
 	}
-	h.Clicks.Journal, h.Clicks.Pending = "disk", s.clicks.pendingClicks()
-	if why := s.clicks.degraded(); why != "" {
-		h.Clicks.Journal = why
-	}
-	status := http.StatusOK
-	if !h.Ready || h.Draining || h.Postgres.Status != "up" && h.Redis.Status != "up" {
-		h.Status, status = "unavailable", http.StatusServiceUnavailable
-	}
-	return respond(w, status, h, nil)
+	return respond(w, status, map[string]any{"status": word, "ready": ready, "draining": draining, "postgres": postgres, "redis": redis,
+		"clicks": map[string]any{"journal": journal, "pending": s.clicks.pendingClicks()}}, nil)
 }
 
 // handleLive says that the process runs, whatever else does not: a restart would not help.

@@ -254,7 +254,10 @@ func (s *Server) handleUpdateLink(w http.ResponseWriter, r *http.Request) error 
 
 // handleDeleteLink hides a link for good.
 func (s *Server) handleDeleteLink(w http.ResponseWriter, r *http.Request) error {
-	_, err := s.changeLink(r, func(id int64) (link, error) { return link{}, s.store.deleteLink(id) })
+	m, err := s.changeLink(r, func(id int64) (link, error) { return link{}, s.store.deleteLink(id) })
+	if m.pending {
+		w.Header().Set("X-Cache", "pending") // a 204 has no body to say it in
+	}
 	return respond(w, http.StatusNoContent, nil, err)
 }
 
