@@ -8,7 +8,7 @@ package main
 //	BENCH_ROUNDS   5   rounds; what is printed are medians
 //	BENCH_SECONDS  6   each server's share of a round
 //	BENCH_LONG     30  the run after which every click must have been counted
-//	GROWTH_SIZES   10000,100000,1000000
+//	GROWTH_SIZES   10000,100000,300000,1000000
 //
 // Slow is not an error here, the tables say it; a wrong, lost or miscounted answer is.
 

@@ -48,7 +48,7 @@ func TestClicksCounted(t *testing.T) {
 		{"events off", true, []click{{id: 7, at: noon}, {id: 7, at: noon, bot: true}},
 			tally{links: counts{"7": 1}, days: counts{"7 20000 ": 1}, bots: counts{"7 20000 ": 1}}},
 		{"largest id and time", false, []click{{id: 1<<63 - 1, at: 1<<32 - 1}},
-			tally{links: counts{fmt.Sprint(int64(1<<63-1)): 1}, days: counts{fmt.Sprint(int64(1<<63-1), " 49710 "): 1}, events: counts{fmt.Sprint(int64(1<<63-1), " "): 1}}},
+			tally{links: counts{fmt.Sprint(int64(1<<63 - 1)): 1}, days: counts{fmt.Sprint(int64(1<<63-1), " 49710 "): 1}, events: counts{fmt.Sprint(int64(1<<63-1), " "): 1}}},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -499,7 +499,11 @@ func (l *ledger) add(b clickBatch) {
 
 func (l *ledger) set(answer string) { l.mu.Lock(); l.answer = answer; l.mu.Unlock() }
 
-func (l *ledger) link(id int64) int64 { l.mu.Lock(); defer l.mu.Unlock(); return l.links[fmt.Sprint(id)] }
+func (l *ledger) link(id int64) int64 {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.links[fmt.Sprint(id)]
+}
 
 // check compares all that was counted with want, in which nil is nothing.
 func (l *ledger) check(t *testing.T, want tally) {

@@ -96,6 +96,20 @@ type job struct {
 // startLoad sends the aims in turn, over and over, rate a second over conns connections, which are open before the first leaves.
 func startLoad(t testing.TB, url string, rate, conns int, aims []aim, judge judge) *load {
 	t.Helper()
+	return beginLoad(t, url, rate, conns, 1<<62, aims, judge)
+}
+
+// burst sends one aim n times at once, over n connections.
+func burst(t testing.TB, url string, n int, a aim, judge judge) *load {
+	t.Helper()
+	l := beginLoad(t, url, 1e9, n, n, []aim{a}, judge)
+	l.workers.Wait()
+	return l
+}
+
+// beginLoad is startLoad for at most n requests.
+func beginLoad(t testing.TB, url string, rate, conns, n int, aims []aim, judge judge) *load {
+	t.Helper()
 	l := &load{addr: strings.TrimPrefix(url, "http://"), aims: aims, judge: judge, due: make(chan job, 1<<17), stopping: make(chan struct{})}
 	var connected sync.WaitGroup
 	connected.Add(conns)
@@ -105,15 +119,15 @@ func startLoad(t testing.TB, url string, rate, conns int, aims []aim, judge judg
 	}
 	connected.Wait()
 	l.begin = time.Now()
-	go l.schedule(rate)
+	go l.schedule(rate, n)
 	t.Cleanup(l.stop)
 	return l
 }
 
-// schedule makes requests due until the load is stopped.
-func (l *load) schedule(rate int) {
+// schedule makes n requests due, or fewer if the load is stopped.
+func (l *load) schedule(rate, n int) {
 	defer close(l.due)
-	for i := 0; ; i++ {
+	for i := range n {
 		due := time.Duration(i) * time.Second / time.Duration(rate)
 		if wait := due - time.Since(l.begin); wait > 0 {
 			select {

@@ -119,6 +119,7 @@ const (
 	drainFor   = 2 * time.Second  // balancers see the 503 of /health, clients the Connection: close; a bare Shutdown broke 500 of 33,000
 	finishFor  = 10 * time.Second // longest a request under way may still take
 	flushFor   = 5 * time.Second  // for the last clicks; what is left survives in the journal
+	readWithin = 5 * time.Second  // for a whole request of at most 16 KiB: a slowloris keeps a connection no longer
 	maxConns   = 20_000           // open connections; each costs about 10 KB
 	memoryBase = 48 << 20         // of the soft memory limit, to which LOCAL_CACHE adds
 )
@@ -149,8 +150,8 @@ func serve(ctx context.Context, cfg Config, log *slog.Logger) error {
 	s := newServer(cfg, store, newCache(cfg.LocalCache, tier, local, store.target), clicks, log)
 	server := &http.Server{
 		Handler:           s,
-		ReadHeaderTimeout: 5 * time.Second, // a slowloris keeps a connection no longer
-		ReadTimeout:       10 * time.Second,
+		ReadHeaderTimeout: readWithin,
+		ReadTimeout:       readWithin, // the same: net/http then sets one deadline per request, not two
 		WriteTimeout:      15 * time.Second,
 		IdleTimeout:       60 * time.Second, // longer than balancers keep theirs would cost them resets; shorter costs us handshakes
 		MaxHeaderBytes:    16 << 10,

@@ -151,15 +151,19 @@ func within[T any](limit time.Duration, fn func(ctx context.Context) (T, error))
 	}
 }
 
-// read runs fn on a connection of the request pool. One found dead is replaced once: idle ones die unseen when the server
-// restarts. fn must not write, which could then happen twice.
+// read runs fn on a connection of the request pool.
 func read[T any](s *Store, fn func(*sql.Conn) (T, error)) (T, error) {
-	return ask(s, func(ctx context.Context) (v T, err error) {
-		if v, err = onConn(ctx, s.db, fn); errors.Is(err, driver.ErrBadConn) {
-			v, err = onConn(ctx, s.db, fn)
-		}
-		return v, err
-	})
+	return ask(s, func(ctx context.Context) (T, error) { return onLive(ctx, s.db, fn) })
+}
+
+// onLive is onConn for an fn that does not write, which could happen twice: where a connection is found dead, all idle ones are
+// dropped, since they die together and unseen when the server restarts, and fn runs on a new one.
+func onLive[T any](ctx context.Context, db *sql.DB, fn func(*sql.Conn) (T, error)) (v T, err error) {
+	if v, err = onConn(ctx, db, fn); errors.Is(err, driver.ErrBadConn) {
+		dropIdle(db)
+		v, err = onConn(ctx, db, fn)
+	}
+	return v, err
 }
 
 // write runs fn as one transaction, never again: whether a lost commit happened is unknown.
@@ -264,24 +268,24 @@ func (s *Store) lost(err error) {
 func (s *Store) probe(limit time.Duration) error {
 	start := time.Now()
 	_, err := within(limit, func(ctx context.Context) (sql.Result, error) {
-		return onConn(ctx, s.back, func(c *sql.Conn) (sql.Result, error) { return c.ExecContext(context.Background(), `SELECT 1`) })
+		return onLive(ctx, s.back, func(c *sql.Conn) (sql.Result, error) { return c.ExecContext(context.Background(), `SELECT 1`) })
 	})
 	if err != nil {
-		dropIdle(s.back, backConns) // a dead connection must not fail the next probe too
+		dropIdle(s.back) // a dead connection must not fail the next probe too
 		s.lost(err)
 		return fmt.Errorf("PostgreSQL at %s does not answer: %w (set DATABASE_URL, or PGHOST, PGPORT, …)", s.addr, err)
 	}
 	s.latency.Store(int64(time.Since(start)))
 	if s.down.Load() {
-		dropIdle(s.db, s.db.Stats().MaxOpenConnections)
+		dropIdle(s.db)
 		s.down.Store(false)
 		s.log.Info("postgres answers", "addr", s.addr)
 	}
 	return nil
 }
 
-// dropIdle closes the idle connections of db, which keeps at most conns.
-func dropIdle(db *sql.DB, conns int) { db.SetMaxIdleConns(0); db.SetMaxIdleConns(conns) }
+// dropIdle closes the idle connections of db.
+func dropIdle(db *sql.DB) { db.SetMaxIdleConns(0); db.SetMaxIdleConns(db.Stats().MaxOpenConnections) }
 
 // monitor probes until ctx ends.
 func (s *Store) monitor(ctx context.Context) {

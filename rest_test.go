@@ -9,6 +9,7 @@ import (
 	"regexp"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -502,6 +503,9 @@ func (s seenStatuses) add(route string, status int) {
 	s[route][status] = true
 }
 
+// seenPattern finds routes and statuses in what GET /metrics says.
+var seenPattern = regexp.MustCompile(`hop_request_duration_seconds_count\{route="([^"]*)",status="([0-9]+)"\}`)
+
 func TestContract(t *testing.T) {
 	for _, redis := range []string{"absent", "present"} {
 		t.Run("redis "+redis, func(t *testing.T) {
@@ -513,7 +517,11 @@ func TestContract(t *testing.T) {
 				a := startApp(t, settings...)
 				eventually(t, 5*time.Second, "redis is "+redis, func() bool { return a.cache.redis.usable() == (redis == "present") })
 				t.Cleanup(func() {
-					a.metrics.series.Range(func(k, _ any) bool { seen.add(k.(seriesKey).route, k.(seriesKey).status); return true })
+					metrics := do(t, "GET", a.url+"/metrics", "", "Authorization: Bearer "+anyToken)
+					for _, m := range seenPattern.FindAllStringSubmatch(metrics.body, -1) {
+						status, _ := strconv.Atoi(m[2])
+						seen.add(m[1], status)
+					}
 				})
 				return a
 			}
@@ -704,8 +712,8 @@ func match(want, got any, at string) error {
 	return nil
 }
 
-// ask sends a request that must be answered with status and returns the answer as a T, which must know all its members.
-func ask[T any](t testing.TB, a *app, status int, method, path, body string, headers ...string) (v T) {
+// get sends a request that must be answered with status and returns the answer as a T, which must know all its members.
+func get[T any](t testing.TB, a *app, status int, method, path, body string, headers ...string) (v T) {
 	t.Helper()
 	r := do(t, method, a.url+path, body, headers...)
 	if r.status != status {
@@ -720,7 +728,7 @@ func ask[T any](t testing.TB, a *app, status int, method, path, body string, hea
 // addLink makes an anonymous link.
 func addLink(t testing.TB, a *app, target, code string) wireLink {
 	t.Helper()
-	return ask[wireLink](t, a, 201, "POST", "/shorten", fmt.Sprintf(`{"url":%q,"custom_code":%q}`, target, code))
+	return get[wireLink](t, a, 201, "POST", "/shorten", fmt.Sprintf(`{"url":%q,"custom_code":%q}`, target, code))
 }
 
 // scenarios are the contract's sentences that take more than a request and its answer.
@@ -751,8 +759,8 @@ var scenarios = []struct {
 		}
 	}},
 	{"POST /shorten the same original_url twice gives two links with two codes", func(t *testing.T, a *app) {
-		one := ask[wireLink](t, a, 201, "POST", "/shorten", `{"original_url":"https://example.com/same"}`)
-		two := ask[wireLink](t, a, 201, "POST", "/shorten", `{"original_url":"https://example.com/same"}`)
+		one := get[wireLink](t, a, 201, "POST", "/shorten", `{"original_url":"https://example.com/same"}`)
+		two := get[wireLink](t, a, 201, "POST", "/shorten", `{"original_url":"https://example.com/same"}`)
 		if one.ID == two.ID || one.ShortCode == two.ShortCode {
 			t.Errorf("%+v and %+v", one, two)
 		}
@@ -786,27 +794,27 @@ var scenarios = []struct {
 				}
 			}
 		}
-		if n := len(ask[[]wireUser](t, a, 200, "GET", "/users", "")); n != 10 {
+		if n := len(get[[]wireUser](t, a, 200, "GET", "/users", "")); n != 10 {
 			t.Errorf("%d users, want 10", n)
 		}
 	}},
 	{"DELETE /users/{id} keeps links and events, with user_id null", func(t *testing.T, a *app) {
-		u := ask[wireUser](t, a, 201, "POST", "/users", annJSON)
-		l := ask[wireLink](t, a, 201, "POST", "/urls", fmt.Sprintf(`{"user_id":%d,"original_url":"https://example.com/","short_code":"orphan"}`, u.ID))
+		u := get[wireUser](t, a, 201, "POST", "/users", annJSON)
+		l := get[wireLink](t, a, 201, "POST", "/urls", fmt.Sprintf(`{"user_id":%d,"original_url":"https://example.com/","short_code":"orphan"}`, u.ID))
 		if r := do(t, "GET", a.url+"/orphan", ""); r.status != 302 {
 			t.Fatal(r.status)
 		}
-		if owned := ask[[]wireEvent](t, a, 200, "GET", fmt.Sprintf("/events?user_id=%d", u.ID), ""); len(owned) != 2 {
+		if owned := get[[]wireEvent](t, a, 200, "GET", fmt.Sprintf("/events?user_id=%d", u.ID), ""); len(owned) != 2 {
 			t.Fatalf("before: %+v", owned)
 		}
-		ask[any](t, a, 204, "DELETE", fmt.Sprintf("/users/%d", u.ID), "")
-		if l = ask[wireLink](t, a, 200, "GET", fmt.Sprintf("/urls/%d", l.ID), ""); l.UserID != nil || !l.IsActive {
+		get[any](t, a, 204, "DELETE", fmt.Sprintf("/users/%d", u.ID), "")
+		if l = get[wireLink](t, a, 200, "GET", fmt.Sprintf("/urls/%d", l.ID), ""); l.UserID != nil || !l.IsActive {
 			t.Errorf("link %+v", l)
 		}
 		if r := do(t, "GET", a.url+"/orphan", ""); r.status != 302 {
 			t.Errorf("redirect %d", r.status)
 		}
-		events := ask[[]wireEvent](t, a, 200, "GET", fmt.Sprintf("/events?url_id=%d", l.ID), "")
+		events := get[[]wireEvent](t, a, 200, "GET", fmt.Sprintf("/events?url_id=%d", l.ID), "")
 		if len(events) != 3 {
 			t.Errorf("%d events, want created and two clicks", len(events))
 		}
@@ -819,13 +827,13 @@ var scenarios = []struct {
 	{"PUT /urls/{id} advances updated_at even within the same second", func(t *testing.T, a *app) {
 		l := addLink(t, a, "https://example.com/", "version")
 		for i, method := range []string{"PUT", "PATCH", "PUT", "PUT"} {
-			next := ask[wireLink](t, a, 200, method, fmt.Sprintf("/urls/%d", l.ID), fmt.Sprintf(`{"title":"v%d"}`, i/2))
+			next := get[wireLink](t, a, 200, method, fmt.Sprintf("/urls/%d", l.ID), fmt.Sprintf(`{"title":"v%d"}`, i/2))
 			if next.UpdatedAt <= l.UpdatedAt || next.CreatedAt != l.CreatedAt {
 				t.Errorf("%s after %s, created %s", next.UpdatedAt, l.UpdatedAt, next.CreatedAt)
 			}
 			l = next
 		}
-		events := ask[[]wireEvent](t, a, 200, "GET", fmt.Sprintf("/events?url_id=%d&event_type=updated", l.ID), "")
+		events := get[[]wireEvent](t, a, 200, "GET", fmt.Sprintf("/events?url_id=%d&event_type=updated", l.ID), "")
 		if len(events) != 2 { // every second change changed nothing
 			t.Errorf("%d updated events, want 2: %+v", len(events), events)
 		}
@@ -833,7 +841,7 @@ var scenarios = []struct {
 	{"GET /{code} 404 from the second a link expires on", func(t *testing.T, a *app) {
 		end := time.Now().UTC().Truncate(time.Second).Add(2 * time.Second)
 		body := fmt.Sprintf(`{"url":"https://example.com/","custom_code":"brief","expires_at":%q}`, end.Format(time.RFC3339))
-		if l := ask[wireLink](t, a, 201, "POST", "/shorten", body); l.ExpiresAt != end.Format("2006-01-02T15:04:05") {
+		if l := get[wireLink](t, a, 201, "POST", "/shorten", body); l.ExpiresAt != end.Format("2006-01-02T15:04:05") {
 			t.Errorf("expires_at %q", l.ExpiresAt)
 		}
 		for {
@@ -851,12 +859,12 @@ var scenarios = []struct {
 		if r := do(t, "GET", a.url+"/urls/brief/redirect", ""); r.status != 404 || r.header["Location"] != nil {
 			t.Errorf("second path: %d", r.status)
 		}
-		before := ask[wireStats](t, a, 200, "GET", "/stats/brief", "").ClickCount
+		before := get[wireStats](t, a, 200, "GET", "/stats/brief", "").ClickCount
 		do(t, "GET", a.url+"/brief", "")
-		if after := ask[wireStats](t, a, 200, "GET", "/stats/brief", "").ClickCount; after != before || before == 0 {
+		if after := get[wireStats](t, a, 200, "GET", "/stats/brief", "").ClickCount; after != before || before == 0 {
 			t.Errorf("clicks %d, then %d", before, after)
 		}
-		id := ask[wireLink](t, a, 200, "PUT", fmt.Sprintf("/urls/%d", ask[[]wireLink](t, a, 200, "GET", "/urls?short_code=brief", "")[0].ID), `{"expires_at":null}`).ID
+		id := get[wireLink](t, a, 200, "PUT", fmt.Sprintf("/urls/%d", get[[]wireLink](t, a, 200, "GET", "/urls?short_code=brief", "")[0].ID), `{"expires_at":null}`).ID
 		if r := do(t, "GET", a.url+"/brief", ""); r.status != 302 {
 			t.Errorf("link %d does not live again: %d", id, r.status)
 		}
@@ -882,10 +890,10 @@ var scenarios = []struct {
 				t.Fatal(r.status)
 			}
 			if i%3 == 0 {
-				if n := ask[wireStats](t, a, 200, "GET", "/stats/counted", "").ClickCount; n != int64(i) {
+				if n := get[wireStats](t, a, 200, "GET", "/stats/counted", "").ClickCount; n != int64(i) {
 					t.Fatalf("stats: %d after %d redirects", n, i)
 				}
-			} else if n := len(ask[[]wireEvent](t, a, 200, "GET", fmt.Sprintf("/events?url_id=%d&event_type=click", l.ID), "")); n != i {
+			} else if n := len(get[[]wireEvent](t, a, 200, "GET", fmt.Sprintf("/events?url_id=%d&event_type=click", l.ID), "")); n != i {
 				t.Fatalf("events: %d after %d redirects", n, i)
 			}
 		}
@@ -991,7 +999,7 @@ var scenarios = []struct {
 		if growth > 3<<20 { // the 75,000 rows between are 10 MiB of text
 			t.Errorf("the heap grew by %d KiB", growth>>10)
 		}
-		if u := ask[wireUser](t, a, 201, "POST", "/users", annJSON); u.ID != rows+1 {
+		if u := get[wireUser](t, a, 201, "POST", "/users", annJSON); u.ID != rows+1 {
 			t.Errorf("next id %d", u.ID)
 		}
 	}},
@@ -1010,19 +1018,19 @@ var scenarios = []struct {
 			t.Fatalf("%d %s", r.status, r.body)
 		}
 		checkError(t, r, "invalid_csv line 12000, column email")
-		if left := ask[[]wireUser](t, a, 200, "GET", "/users", ""); len(left) != 0 {
+		if left := get[[]wireUser](t, a, 200, "GET", "/users", ""); len(left) != 0 {
 			t.Errorf("%d users left", len(left))
 		}
-		if u := ask[wireUser](t, a, 201, "POST", "/users", annJSON); u.ID != 1 {
+		if u := get[wireUser](t, a, 201, "POST", "/users", annJSON); u.ID != 1 {
 			t.Errorf("the sequence moved to %d", u.ID)
 		}
 	}},
 	{"POST /urls/bulk 1,000 links in one statement", func(t *testing.T, a *app) {
-		ask[wireUser](t, a, 201, "POST", "/users", annJSON)
+		get[wireUser](t, a, 201, "POST", "/users", annJSON)
 		body := `[` + strings.Repeat(`{"user_id":1,"original_url":"https://example.com/a/rather/ordinary/path?with=query","title":"A title"},`, 999) +
 			`{"user_id":1,"original_url":"https://example.com/last"}]`
 		start := time.Now()
-		answer := ask[wireBulk](t, a, 200, "POST", "/urls/bulk", body)
+		answer := get[wireBulk](t, a, 200, "POST", "/urls/bulk", body)
 		t.Logf("1,000 links in %v", time.Since(start))
 		codes := map[string]bool{}
 		for i, r := range answer.Results {

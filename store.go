@@ -185,7 +185,7 @@ func (s *Store) target(code string) (target, error) {
 
 // targets returns up to n live targets with ids above after, in id order, for warming. It may take as long as backTimeout.
 func (s *Store) targets(after int64, n int) ([]namedTarget, error) {
-	return onConn(context.Background(), s.back, func(c *sql.Conn) ([]namedTarget, error) {
+	return onLive(context.Background(), s.back, func(c *sql.Conn) ([]namedTarget, error) {
 		return collect(c, targetDest, `SELECT id, short_code, original_url, `+expiresAt+` FROM urls WHERE id > $1 AND `+isLive+` ORDER BY id LIMIT $2`, after, n)
 	})
 }
