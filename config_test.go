@@ -149,7 +149,7 @@ func TestConfigKeepsSecrets(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			t.Setenv("PGHOST", "") // or pgConfig would not look at DATABASE_PUBLIC_URL
+			clearPG(t) // or pgConfig would not look at DATABASE_PUBLIC_URL
 			cfg, err := loadConfig(settingsOf(tt.setting))
 			var out bytes.Buffer
 			slog.New(slog.NewTextHandler(&out, nil)).Info("listening", "config", cfg)

@@ -351,7 +351,7 @@ func (w *response) WriteHeader(status int) {
 		return
 	}
 	w.status = status
-	if w.request.Pattern != "" || status < 400 {
+	if w.request.Pattern != "" || status < 400 || w.err != nil { // not the mux's
 		w.ResponseWriter.WriteHeader(status)
 		return
 	}

@@ -322,7 +322,7 @@ func (f *fields) future(name string, now time.Time) time.Time {
 	if err != nil {
 		t, err = time.Parse(wireTime, s)
 	}
-	if err != nil || !t.After(now) || t.Year() > 9999 {
+	if err != nil || !t.After(now) || t.UTC().Year() > 9999 {
 		f.refuse(name, "must be a time in the future like 2027-01-31T12:00:00Z")
 	}
 	return t.UTC().Truncate(time.Second)

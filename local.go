@@ -109,9 +109,9 @@ func (l *localTier) put(code string, t target, generation uint64, ttl time.Durat
 
 // evict removes an entry: of some the map happens to show first, one that nobody asked for lately.
 func (s *shard) evict() {
-	looks := 0
+	looks := min(8, len(s.entries))
 	for code, e := range s.entries {
-		if looks++; !e.used.Swap(false) || looks == 8 {
+		if looks--; !e.used.Swap(false) || looks == 0 {
 			delete(s.entries, code)
 			return
 		}
@@ -133,10 +133,10 @@ func (l *localTier) trust(sent time.Time) { l.lease.Store(int64(sent.Sub(l.start
 
 // distrust stops all tracked entries from answering, and vetoes the fills under way; stale still finds them.
 func (l *localTier) distrust() {
-	l.epoch.Add(1)
 	for i := range l.shards {
 		l.shards[i].generation.Add(1)
 	}
+	l.epoch.Add(1) // after the veto: a fill that slips through before it is of the old epoch
 }
 
 // len is how many links are kept.

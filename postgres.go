@@ -25,7 +25,7 @@ const (
 	// ignores contexts then, its issue 620), and answerWithin what a handler ever waits for both and for a free connection.
 	stmtTimeout, netTimeout, answerWithin = 400 * time.Millisecond, 500 * time.Millisecond, 550 * time.Millisecond
 	// backTimeout is the brake on background work: flushing a whole journal, a bulk load, warming.
-	backTimeout = 60 * time.Second
+	backTimeout = 15 * time.Second
 	// probeEvery is how often PostgreSQL is asked whether it lives, also the breaker's only way back.
 	probeEvery = 500 * time.Millisecond
 	backConns  = 4 // a flush, a probe, a bulk load, a warm-up
@@ -206,7 +206,10 @@ func inTx[T any](ctx context.Context, db *sql.DB, fn func(t *txn) T) (T, error) 
 		}
 		defer tx.Rollback()
 		t := &txn{Tx: tx}
-		if v = fn(t); t.err != nil {
+		if v = fn(t); t.err == nil {
+			t.err = ctx.Err() // nobody waits any more: a commit now could undo a later change that was acknowledged
+		}
+		if t.err != nil {
 			return v, t.err
 		}
 		return v, tx.Commit()
@@ -248,6 +251,9 @@ func (s *Store) classify(err error) error {
 	case e != nil && !e.Fatal():
 		switch e.Code.Class() { // the last is a statement over its time: the table is busy, the server lives
 		case pqerror.ClassInsufficientResources, pqerror.ClassTransactionRollback, pqerror.ClassOperatorIntervention:
+			return fmt.Errorf("%w: %w", errUnavailable, err)
+		}
+		if pq.As(err, pqerror.ForeignKeyViolation, pqerror.UniqueViolation) != nil { // a user deleted, an id loaded at the same moment
 			return fmt.Errorf("%w: %w", errUnavailable, err)
 		}
 		return err

@@ -33,9 +33,10 @@ type redisTier struct {
 	log   *slog.Logger
 
 	gets    chan *getRequest
-	cold    chan struct{} // Redis may have been emptied
+	cold    chan struct{} // Redis answers again or was flushed: it may be empty
 	up      atomic.Bool   // the breaker: cleared by an error, set by an answered PING once all debts are paid
 	latency atomic.Int64  // of the last PING, in ns
+	lost    atomic.Int64  // when the breaker opened last, in unix ns: pooled connections from before may be dead
 
 	mu     sync.Mutex          // guards owed, banned and the setting of up; a leaf but for repay's Redis call
 	owed   map[string]struct{} // codes changed while Redis was out of reach
@@ -78,15 +79,15 @@ func openRedis(url string, local *localTier, scan func(int64, int) ([]namedTarge
 	dial := func() (redis.Conn, error) {
 		return redis.DialURL(url, redis.DialConnectTimeout(redisTimeout), redis.DialReadTimeout(redisTimeout), redis.DialWriteTimeout(redisTimeout))
 	}
-	pool := &redis.Pool{Dial: dial, MaxIdle: 16, MaxActive: 64, IdleTimeout: time.Minute,
+	r := &redisTier{local: local, scan: scan, log: log, gets: make(chan *getRequest, maxWaiting), cold: make(chan struct{}, 1), owed: map[string]struct{}{}}
+	r.pool = &redis.Pool{Dial: dial, MaxIdle: 16, IdleTimeout: time.Minute, // as many as there are misses and changes under way
 		TestOnBorrow: func(c redis.Conn, idle time.Time) error {
-			if time.Since(idle) < 10*time.Second {
+			if time.Since(idle) < 10*time.Second && idle.UnixNano() > r.lost.Load() {
 				return nil // a PING each time would double the round trips
 			}
 			_, err := c.Do("PING")
 			return err
 		}}
-	r := &redisTier{pool: pool, local: local, scan: scan, log: log, gets: make(chan *getRequest, maxWaiting), cold: make(chan struct{}, 1), owed: map[string]struct{}{}}
 	for range 2 { // one sends while the other receives
 		go r.serveGets()
 	}
@@ -101,6 +102,7 @@ func (r *redisTier) usable() bool { return r != nil && r.up.Load() }
 // failed opens the breaker, unless Redis itself answered the error.
 func (r *redisTier) failed(err error) {
 	if answer := redis.Error(""); err != nil && !errors.As(err, &answer) && r.up.CompareAndSwap(true, false) {
+		r.lost.Store(time.Now().UnixNano())
 		r.log.Warn("redis lost", "err", err)
 	}
 }
@@ -261,6 +263,7 @@ func (r *redisTier) repay() error {
 	}
 	if time.Now().After(r.banned) && r.up.CompareAndSwap(false, true) {
 		r.log.Info("redis answers")
+		r.emptied()
 	}
 	return nil
 }
@@ -303,8 +306,8 @@ func (r *redisTier) trackOnce(ctx context.Context) error {
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
+	r.local.distrust() // what was filled while nobody listened
 	go r.ping(ctx, conn)
-	r.emptied()
 	for {
 		reply, err := redis.Values(redis.ReceiveWithTimeout(conn, trustFor))
 		if err == nil {
@@ -444,6 +447,7 @@ func (r *redisTier) warm(keep int) (codes []string) {
 	workers.Wait()
 	if failure != nil {
 		r.log.Warn("redis not warm", "links", links, "err", failure)
+		r.do("DEL", warmKey) // whoever hears of Redis next may try again
 		return codes
 	}
 	r.log.Info("redis warm", "links", links, "took", time.Since(start))

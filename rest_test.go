@@ -80,7 +80,7 @@ type wireBulk struct {
 
 // call is one line of a table. request is the request line's method and path, then header lines. want is the answer's body:
 //
-//	{…} or […]     this JSON, the same members and no more; the strings <time>, <code>, <int>, <number>, <text> stand for such values
+//	{…} or […]     this JSON, the same members and no more; the strings <time>, <code>, <int>, <number>, <text>, <fields> stand for such values
 //	!code a,b      an error envelope with this code, naming these fields and no others
 //	-> target      a redirect: no body, and exactly this Location
 //	~text          text that contains this
@@ -335,7 +335,7 @@ func contractTables(redis string) []group {
 			{"POST /shorten", "201 original_url", "POST /shorten", `{"original_url":"https://example.com/1"}`, 201, `{"id":1,"user_id":null,"short_code":"<code>","original_url":"https://example.com/1","title":null,"is_active":true,"created_at":"<time>","updated_at":"<time>","short_url":"<text>"}`},
 			{"POST /shorten", "201 long_url, custom_code, user_id", "POST /shorten", `{"long_url":"https://example.com/2","custom_code":"two","user_id":1,"title":"T"}`, 201, `{"id":2,"user_id":1,"short_code":"two","original_url":"https://example.com/2","title":"T","is_active":true,"created_at":"<time>","updated_at":"<time>","short_url":"http://hop.test/two"}`},
 			{"POST /shorten", "201 url, short_code, expires_at", "POST /shorten", `{"url":"https://example.com/3","short_code":"Two","expires_at":"2099-01-31T14:00:00+02:00"}`, 201, `{"id":3,"user_id":null,"short_code":"Two","original_url":"https://example.com/3","title":null,"is_active":true,"created_at":"<time>","updated_at":"<time>","expires_at":"2099-01-31T12:00:00","short_url":"http://hop.test/Two"}`},
-			{"POST /shorten", "201 without Content-Type", "POST /shorten\nContent-Type:", `{"url":"https://example.com/4","custom_code":"four"}`, 201, `{"id":4,"user_id":null,"short_code":"four","original_url":"https://example.com/4","title":null,"is_active":true,"created_at":"<time>","updated_at":"<time>","short_url":"http://hop.test/four"}`},
+			{"POST /shorten", "201 without Content-Type", "POST /shorten\nContent-Type: ", `{"url":"https://example.com/4","custom_code":"four"}`, 201, `{"id":4,"user_id":null,"short_code":"four","original_url":"https://example.com/4","title":null,"is_active":true,"created_at":"<time>","updated_at":"<time>","short_url":"http://hop.test/four"}`},
 			{"GET /events", "200 created", "GET /events?url_id=2", "", 200, `[{"id":2,"url_id":2,"user_id":1,"event_type":"created","timestamp":"<time>","details":{"short_code":"two","original_url":"https://example.com/2"}}]`},
 			{"POST /shorten", "400 no target", "POST /shorten", `{"title":"x"}`, 400, "!invalid_request original_url"},
 			{"POST /shorten", "400 bad target", "POST /shorten", `{"url":"nope"}`, 400, "!invalid_request url"},
@@ -356,14 +356,16 @@ func contractTables(redis string) []group {
 		}},
 		{"bulk links", nil, []call{
 			newAnn,
-			{"POST /urls/bulk", "200 each item for itself", "POST /urls/bulk", `[{"user_id":1,"original_url":"https://example.com/a","short_code":"aaa"},{"user_id":1,"original_url":"nope"},{"user_id":99,"original_url":"https://example.com"},{"user_id":1,"original_url":"https://example.com","short_code":"aaa"},5,{"original_url":"https://example.com"},{"user_id":1,"user_id":1}]`, 200, `{"results":[
+			{"POST /urls/bulk", "200 each item for itself", "POST /urls/bulk", `[{"user_id":1,"original_url":"https://example.com/a","short_code":"aaa"},{"user_id":1,"original_url":"nope"},{"user_id":99,"original_url":"https://example.com"},{"user_id":1,"original_url":"https://example.com","short_code":"aaa"},5,{"original_url":"https://example.com"},null,[]]`, 200, `{"results":[
 				{"status":201,"url":{"id":1,"user_id":1,"short_code":"aaa","original_url":"https://example.com/a","title":null,"is_active":true,"created_at":"<time>","updated_at":"<time>","short_url":"http://hop.test/aaa"}},
 				{"status":400,"error":"invalid_request","message":"<text>","fields":{"original_url":"<text>"}},
 				{"status":404,"error":"user_not_found","message":"<text>"},
 				{"status":409,"error":"code_taken","message":"<text>"},
-				{"status":400,"error":"invalid_json","message":"<text>"},
+				{"status":400,"error":"invalid_request","message":"<text>","fields":"<fields>"},
 				{"status":400,"error":"invalid_request","message":"<text>","fields":{"user_id":"<text>"}},
-				{"status":400,"error":"invalid_json","message":"<text>"}]}`},
+				{"status":400,"error":"invalid_request","message":"<text>","fields":"<fields>"},
+				{"status":400,"error":"invalid_request","message":"<text>","fields":"<fields>"}]}`},
+			{"POST /urls/bulk", "400 a field twice in one item", "POST /urls/bulk", `[{"user_id":1,"user_id":1}]`, 400, "!invalid_json"},
 			{"POST /shorten/bulk", "200 user_id is optional", "POST /shorten/bulk", `[{"url":"https://example.com/b","custom_code":"bbb"},{"url":"https://example.com","custom_code":"aaa"}]`, 200, `{"results":[
 				{"status":201,"url":{"id":"<int>","user_id":null,"short_code":"bbb","original_url":"https://example.com/b","title":null,"is_active":true,"created_at":"<time>","updated_at":"<time>","short_url":"http://hop.test/bbb"}},
 				{"status":409,"error":"code_taken","message":"<text>"}]}`},
@@ -374,7 +376,7 @@ func contractTables(redis string) []group {
 			{"POST /urls/bulk", "400 empty", "POST /urls/bulk", `[]`, 400, "!invalid_request"},
 			{"POST /urls/bulk", "400 1,001 links", "POST /urls/bulk", `[` + strings.Repeat(`{},`, 1000) + `{}]`, 400, "!invalid_request"},
 			{"POST /urls/bulk", "400 object", "POST /urls/bulk", `{"user_id":1,"original_url":"https://example.com"}`, 400, "!invalid_json"},
-			{"POST /urls/bulk", "400 null", "POST /urls/bulk", `null`, 400, "!invalid_request"},
+			{"POST /urls/bulk", "400 null", "POST /urls/bulk", `null`, 400, "!invalid_json"},
 			{"POST /urls/bulk", "413", "POST /urls/bulk", `["` + strings.Repeat("x", 9<<20) + `"]`, 413, "!payload_too_large"},
 			{"POST /urls/bulk", "415", "POST /urls/bulk" + text, `[]`, 415, "!unsupported_media_type"},
 			{"POST /shorten/bulk", "400 object", "POST /shorten/bulk", `{}`, 400, "!invalid_json"},
@@ -694,6 +696,9 @@ func match(want, got any, at string) error {
 			ok = err == nil && when.Format("2006-01-02T15:04:05") == text && time.Since(when).Abs() < 2*time.Minute
 		case "<code>":
 			ok = codePattern.MatchString(text)
+		case "<fields>":
+			fields, isObject := got.(map[string]any)
+			ok = isObject && len(fields) > 0
 		case "<text>":
 			ok = text != ""
 		case "<int>":
@@ -916,7 +921,7 @@ var scenarios = []struct {
 			"/users": {2050, 3}, "/urls": {2050, 3}, "/events": {2050, 3},
 			"/users?per_page=410":                             {2050, 5}, // the last page is full, so it has no next one
 			"/urls?user_id=1&per_page=500":                    {1025, 3},
-			"/urls?is_active=false&user_id=2":                 {341, 1},
+			"/urls?is_active=false&user_id=2":                 {342, 1},
 			"/urls?is_active=true":                            {1367, 2},
 			"/events?url_id=1&user_id=2&event_type=click":     {1025, 2},
 			"/events?event_type=click&page=2&per_page=1000":   {1050, 2},

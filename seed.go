@@ -10,7 +10,6 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"net/http"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -66,12 +65,13 @@ func csvTables(rules targetRules) []csvTable {
 
 func checkID(s string) error {
 	n, err := strconv.ParseInt(s, 10, 64)
-	return expect(err == nil && n > 0 && strconv.FormatInt(n, 10) == s, "must be a positive integer, not %q", s)
+	return expect(err == nil && n > 0 && n < 1<<53 && strconv.FormatInt(n, 10) == s, // leaves the sequence room
+		"must be a positive integer, not %q", s)
 }
 
 func checkCSVTime(s string) error {
 	t, err := time.Parse(csvTime, s)
-	return expect(err == nil && t.Format(csvTime) == s, "must be a time like 2026-01-31 12:00:00, not %q", s)
+	return expect(err == nil && t.Year() > 0 && t.Format(csvTime) == s, "must be a time like 2026-01-31 12:00:00, not %q", s)
 }
 
 func checkCSVBool(s string) error {
@@ -253,6 +253,7 @@ func (l *loader) insert(t csvTable, chunk rows) error {
 // loadAll loads the files that open gives, all or nothing, and returns the rows of each.
 func (s *Store) loadAll(tables []csvTable, open func(name string) (io.ReadCloser, error), progress func(string, int)) ([]int, error) {
 	return inTx(context.Background(), s.back, func(tx *txn) (counts []int) {
+		tx.exec(`SET LOCAL idle_in_transaction_session_timeout = '60s'`) // rows may come from a slow client
 		l := loader{tx: tx, ids: map[string]idSet{}, progress: progress}
 		for _, t := range tables {
 			f, err := open(t.name + ".csv")
@@ -282,7 +283,7 @@ func (s *Store) loadUsers(file io.Reader) (int, error) {
 	defer s.bulk.leave()
 	open := func(string) (io.ReadCloser, error) { return io.NopCloser(file), nil }
 	counts, err := s.loadAll(csvTables(targetRules{})[:1], open, func(string, int) {})
-	if errors.As(err, new(*rowError)) || errors.As(err, new(*http.MaxBytesError)) {
+	if errors.As(err, new(*rowError)) || errors.As(err, new(*apiError)) {
 		return 0, err
 	} else if err != nil {
 		return 0, s.classify(err)

@@ -105,10 +105,15 @@ func (s *Server) createQueued() {
 // makeLinks makes what it can of links, giving codes to those without. Codes are never looked up first: a taken random one is
 // tried again with another, a few times; after that the space would have to be nearly full.
 func (s *Server) makeLinks(links []newLink) []made {
-	results := make([]made, len(links))
-	todo := make([]int, len(links))
-	for i := range links {
-		todo[i], results[i].err = i, errCodeTaken // what no round reaches repeats a custom code of its own request
+	results, todo, refusal := make([]made, len(links)), make([]int, len(links)), errCodeTaken
+	if s.store.down.Load() { // a hold now would take a known link, whose code a client tries, out of every cache
+		todo, refusal = nil, errUnavailable
+	}
+	for i := range todo {
+		todo[i] = i
+	}
+	for i := range results {
+		results[i].err = refusal // unless a round reaches it; what none does repeats a custom code of its own request
 	}
 	for round := 0; round < 4 && len(todo) > 0; round++ {
 		var batch []newLink

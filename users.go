@@ -74,13 +74,22 @@ func (s *Server) handleBulkUsers(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	n, err := s.store.loadUsers(file)
+	n, err := s.store.loadUsers(bodyReader{file})
 	if bad := (*rowError)(nil); errors.As(err, &bad) {
 		err = &apiError{http.StatusBadRequest, "invalid_csv", bad.Error(), nil}
-	} else if errors.As(err, new(*http.MaxBytesError)) {
-		err = bodyError(err)
 	}
 	return respond(w, http.StatusCreated, map[string]int{"imported": n, "count": n}, err)
+}
+
+// bodyReader tells the client of a failed read: it must not look like the database's failure.
+type bodyReader struct{ io.Reader }
+
+func (b bodyReader) Read(p []byte) (int, error) {
+	n, err := b.Reader.Read(p)
+	if err != nil && err != io.EOF {
+		err = bodyError(err)
+	}
+	return n, err
 }
 
 // bulkFile finds the CSV in a request.
