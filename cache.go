@@ -152,11 +152,11 @@ func (c *Cache) change(codes []string, commit func() error) (pending bool, err e
 	c.redis.hold(codes)
 	err = commit()
 	pending = !c.redis.hold(codes) // also after an error: whether a lost commit happened is unknown
+	if pending {
+		c.redis.owe(codes) // before the drop, or a fill from Redis could slip in between
+	}
 	for _, code := range codes {
 		c.local.drop(code)
-	}
-	if pending {
-		c.redis.owe(codes)
 	}
 	return pending, err
 }

@@ -53,9 +53,9 @@ type clickLog struct {
 	number  uint64      // of the last batch taken
 	settled [2]uint64   // slots below belong to a dead process: a blank one will not be written any more
 
-	mu       sync.Mutex             // guards spilled; a leaf, taken only when a half is full
+	mu       sync.Mutex             // guards spilled, and a swap against counts; a leaf, taken by record only when a half is full
 	spilled  map[spilledClick]int64 // clicks that found no slot
-	taken    atomic.Int64           // clicks taken into batches, ever
+	taken    atomic.Int64           // clicks in halves that were swapped out, ever
 	flushed  atomic.Int64           // of these, counted in PostgreSQL
 	dropped  atomic.Int64           // clicks lost: a journal of another boot, or memory only at exit
 	rowless  atomic.Int64           // clicks counted without their event row
@@ -155,7 +155,7 @@ func wordAt(b []byte) *atomic.Uint64 { return (*atomic.Uint64)(unsafe.Pointer(&b
 // machine may have died with pages half written.
 func (c *clickLog) adopt() {
 	boot := bootID()
-	var used [2]uint64
+	var used, written [2]uint64
 	for h, half := range c.halves {
 		if c.header[8] == 0 {
 			break // a new file: do not touch, and so allocate, its pages
@@ -163,11 +163,12 @@ func (c *clickLog) adopt() {
 		for i := uint64(0); i < halfSlots && i < used[h]+longestGap; i++ {
 			if wordAt(half[i*slotSize:]).Load() != 0 {
 				used[h] = i + 1
+				written[h]++
 			}
 		}
 	}
 	if c.header[8] == 0 || string(c.header[24:60]) != boot {
-		if left := used[0] + used[1]; left > 0 {
+		if left := written[0] + written[1]; left > 0 {
 			c.dropped.Add(int64(left))
 			c.taken.Add(int64(left))
 			c.log.Error("click journal of another boot discarded", "clicks", left)
@@ -189,14 +190,15 @@ func (c *clickLog) adopt() {
 	case used[0] > 0 && used[1] > 0: // killed between the swap and the state word
 		c.number++
 		c.take(0)
-	case used[0] == 0:
-		c.next.Store(halfBit | used[1])
-		return
 	}
-	if c.pending == nil || c.pending.half == 1 {
-		c.next.Store(used[0])
-	} else {
-		c.next.Store(halfBit | used[1])
+	active := uint64(0)
+	if c.pending == nil && used[0] == 0 || c.pending != nil && c.pending.half == 0 {
+		active = 1
+	}
+	c.next.Store(active<<63 | used[active])
+	c.taken.Add(int64(written[active] - used[active])) // a blank slot is no click
+	if c.pending != nil {
+		c.taken.Add(c.pending.clicks)
 	}
 }
 
@@ -227,7 +229,6 @@ func (c *clickLog) take(half int) {
 	}
 	c.spilled = map[spilledClick]int64{}
 	c.mu.Unlock()
-	c.taken.Add(b.clicks)
 	c.pending = b
 }
 
@@ -238,7 +239,10 @@ func (c *clickLog) swap() {
 	if old&^halfBit == 0 {
 		return
 	}
+	c.mu.Lock() // so that counts sees both or neither
 	old = c.next.Swap(^old & halfBit)
+	c.taken.Add(int64(old &^ halfBit))
+	c.mu.Unlock()
 	half, used := int(old>>63), min(old&^halfBit, halfSlots)
 	for i := c.settled[half]; i < used; i++ {
 		for wordAt(c.halves[half][i*slotSize:]).Load() == 0 {
@@ -348,6 +352,8 @@ func (c *clickLog) sync() error {
 
 // counts are the totals for /metrics: recorded = flushed + dropped + pending, clicks under way apart.
 func (c *clickLog) counts() (recorded, flushed, dropped, pending int64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	flushed, dropped = c.flushed.Load(), c.dropped.Load()
 	recorded = c.taken.Load() + int64(c.next.Load()&^halfBit)
 	return recorded, flushed, dropped, recorded - flushed - dropped

@@ -38,6 +38,7 @@ import (
 	"os/signal"
 	"runtime/debug"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -63,7 +64,9 @@ func run(ctx context.Context, args []string, getenv func(string) string) error {
 	}
 	if strings.HasPrefix(command, "-") || command == "help" {
 		text, _, _ := strings.Cut(manual, "package main")
-		fmt.Print(strings.ReplaceAll(strings.ReplaceAll(text, "// ", ""), "//", ""))
+		for line := range strings.Lines(text) {
+			fmt.Print(strings.TrimPrefix(strings.TrimPrefix(line, "//"), " "))
+		}
 		return nil
 	}
 	cfg, err := loadConfig(getenv)
@@ -192,6 +195,12 @@ func serve(ctx context.Context, cfg Config, log *slog.Logger) error {
 // start waits for PostgreSQL, applies the schema, warms Redis and the local tier, and then calls the server ready. What fails is
 // tried again for ever.
 func (s *Server) start(ctx context.Context) {
+	tier := s.cache.redis
+	track := sync.OnceFunc(func() {
+		if tier != nil {
+			go tier.track(ctx)
+		}
+	})
 	for wait := 100 * time.Millisecond; ; wait = min(2*wait, time.Second) {
 		err := s.store.probe(probeEvery)
 		if err == nil {
@@ -201,6 +210,7 @@ func (s *Server) start(ctx context.Context) {
 			break
 		}
 		s.log.Warn("not ready", "err", err)
+		track() // without PostgreSQL too: after a kill, a warm Redis serves the known links
 		select {
 		case <-time.After(wait):
 		case <-ctx.Done():
@@ -208,10 +218,10 @@ func (s *Server) start(ctx context.Context) {
 		}
 	}
 	go s.store.monitor(ctx)
-	if tier := s.cache.redis; tier != nil {
+	if tier != nil {
 		codes, warm := tier.warm(s.cfg.LocalCache), make(chan struct{})
 		go tier.keepWarm(ctx, codes, warm)
-		go tier.track(ctx)
+		track() // only now, or Redis would tell of every key just warmed
 		select { // ready with a warm local tier if Redis is there, without if it is not
 		case <-warm:
 		case <-time.After(time.Second):
