@@ -16,7 +16,7 @@ import (
 
 const (
 	noon  = int64(20_000*86400 + 43_200) // the tests' clicks happen on day 20,000
-	slots = 1 << 10                      // of each half, as many as crash copies
+	slots = 1 << 15                      // of each half, as many as crash copies
 )
 
 // TestClicksCounted records and flushes, and looks at what a flush counts.
@@ -139,6 +139,14 @@ func TestClicksAfterKill(t *testing.T) {
 		{"after the commit, clicks going on", during("lie", 3, nil)},
 		{"half-way through blanking", during("lie", 3, func(mem []byte) { clear(half(mem, 0)[:2*slotSize]) })},
 		{"half-way through blanking a slot", during("lie", 3, func(mem []byte) { clear(half(mem, 0)[:slotSize+8]) })},
+		{"half-way through blanking many", func(t *testing.T, c *clickLog, books *ledger) (string, int64) {
+			const many = longestGap + 2000
+			for range many {
+				c.record(7, noon, false, "")
+			}
+			dir, clicks := during("lie", 3, func(mem []byte) { clear(half(mem, 0)[:(longestGap+1000)*slotSize]) })(t, c, books)
+			return dir, clicks + many
+		}},
 		{"blank, state word still old", during("lie", 3, func(mem []byte) { clear(half(mem, 0)) })},
 		{"after a flush", func(t *testing.T, c *clickLog, _ *ledger) (string, int64) { flushOK(t, c); return crash(t, c, nil), 5 }},
 		{"after a flush and clicks", func(t *testing.T, c *clickLog, _ *ledger) (string, int64) {
@@ -363,6 +371,26 @@ func TestClicksConcurrently(t *testing.T) {
 	if recorded, flushed, dropped, pending := c.counts(); recorded != people*each || flushed != recorded || dropped+pending != 0 {
 		t.Errorf("%d recorded, %d flushed, %d dropped, %d pending; want %d, all flushed", recorded, flushed, dropped, pending, people*each)
 	}
+}
+
+// TestClicksWaitForWriters flushes while a request has its slot and has not filled it: the flush waits for it.
+func TestClicksWaitForWriters(t *testing.T) {
+	books := &ledger{}
+	c := testClickLog(t, t.TempDir(), books.save, true)
+	i := c.next.Add(1) - 1
+	flushed := make(chan error, 1)
+	go func() { flushed <- c.flush() }()
+	eventually(t, 5*time.Second, "the halves are swapped", func() bool { return c.next.Load() == halfBit })
+	c.record(8, noon, false, "") // goes into the other half
+	slot := c.halves[0][i*slotSize:][:slotSize]
+	slot[8] = 7
+	wordAt(slot).Store(writtenBit | uint64(noon))
+	if err := <-flushed; err != nil {
+		t.Fatal(err)
+	}
+	books.check(t, tally{links: counts{"7": 1}, days: counts{"7 20000 ": 1}, events: counts{"7 ": 1}})
+	flushOK(t, c)
+	books.check(t, tally{links: counts{"7": 1, "8": 1}, days: counts{"7 20000 ": 1, "8 20000 ": 1}, events: counts{"7 ": 1, "8 ": 1}})
 }
 
 // TestClicksRun runs the loop itself: readers see what was recorded before they asked, and the last clicks are counted at the end.

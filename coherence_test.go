@@ -34,7 +34,7 @@ import (
 //	COHERENCE_SECONDS=60 go test -run '^TestFault16Coherence$' -v   a minute for each
 var coherenceSeed = flag.Uint64("coherence.seed", 1, "seed of the coherence checker's random choices")
 
-// coherenceTime is how long writes go on under each fault.
+// coherenceTime is how long clients go on under each fault.
 func coherenceTime(short time.Duration) time.Duration {
 	if s, err := strconv.Atoi(os.Getenv("COHERENCE_SECONDS")); err == nil && s > 0 {
 		return time.Duration(s) * time.Second
@@ -45,7 +45,8 @@ func coherenceTime(short time.Duration) time.Duration {
 const (
 	clientCount = 8   // goroutines that read and write
 	codeCount   = 240 // codes at the start: 3 of 4 exist, the others are created by the run
-	recentCount = 16  // codes written last, to which most redirects go: the others only show what caches leave alone
+	recentCount = 128 // codes written last, some 4 s of them, to which most redirects go: the others only show what caches leave alone
+	hotCount    = 16  // the very last of them
 )
 
 // version is one write of one code as its client saw it. Times are since the checker's start.
@@ -106,6 +107,7 @@ type checker struct {
 	db      *sql.DB
 	redis   *process
 	began   time.Time
+	length  time.Duration // of the run
 
 	mu       sync.Mutex // guards what follows
 	subjects []*subject
@@ -242,17 +244,15 @@ func (c *checker) write(s *subject, replica int, r *rand.Rand) {
 			body["is_active"] = true
 		}
 	}
-	// Noted before it is sent: it may be true from then on.
-	v.sent = c.now()
+	c.mu.Lock()
+	c.wrote(s) // now, so that others ask for it while it changes
+	c.mu.Unlock()
+	v.sent = c.now() // it may be true from here on
 	s.versions = append(s.versions, v)
 	status, _, answer, err := c.request(method, to, body)
 	acked := c.now()
 	c.slowest.Store(max(c.slowest.Load(), int64(acked-v.sent)))
 	c.writes.Add(1)
-	c.mu.Lock()
-	c.recent[c.next%recentCount] = s
-	c.next++
-	c.mu.Unlock()
 	var row struct {
 		ID       int64  `json:"id"`
 		URL      string `json:"original_url"`
@@ -308,6 +308,26 @@ func (c *checker) write(s *subject, replica int, r *rand.Rand) {
 	}
 }
 
+// wrote notes that s is being written. Under mu.
+func (c *checker) wrote(s *subject) {
+	c.recent[c.next%recentCount] = s
+	c.next++
+}
+
+// pick chooses a code: any, one written lately, and one written just now.
+func (c *checker) pick(r *rand.Rand) (cold, warm, hot *subject) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	cold, warm, hot = c.subjects[r.IntN(len(c.subjects))], c.recent[r.IntN(recentCount)], c.recent[max(0, c.next-1-r.IntN(hotCount))%recentCount]
+	if warm == nil {
+		warm = cold
+	}
+	if hot == nil {
+		hot = warm
+	}
+	return cold, warm, hot
+}
+
 // generate makes a link with a code of hop's choice.
 func (c *checker) generate(replica int) {
 	s := &subject{active: true}
@@ -333,8 +353,7 @@ func (c *checker) generate(replica int) {
 		c.mu.Lock()
 		defer c.mu.Unlock()
 		c.subjects = append(c.subjects, s)
-		c.recent[c.next%recentCount] = s
-		c.next++
+		c.wrote(s)
 		if v.pending = row.Cache == "pending"; v.pending {
 			c.pendings.Add(1)
 			c.owed = append(c.owed, &debt{v: v, code: s.code})
@@ -395,6 +414,7 @@ type fault func(c *checker, r *rand.Rand, stop <-chan struct{})
 
 // run lets clients write and read for length, while fault goes on.
 func (c *checker) run(length time.Duration, seed uint64, fault fault) {
+	c.length = length
 	var clients, others sync.WaitGroup
 	stop, done := make(chan struct{}), make(chan struct{})
 	others.Go(func() {
@@ -417,20 +437,21 @@ func (c *checker) run(length time.Duration, seed uint64, fault fault) {
 					return
 				case <-time.After(time.Duration(r.Int64N(int64(6 * time.Millisecond)))):
 				}
-				c.mu.Lock()
-				s, hot := c.subjects[r.IntN(len(c.subjects))], c.recent[r.IntN(recentCount)]
-				c.mu.Unlock()
+				s, warm, hot := c.pick(r)
 				replica, dice := r.IntN(len(c.places)), r.IntN(1000)
 				switch {
 				case dice < 4:
 					c.generate(replica)
 					continue
 				case dice < 20: // a code that has long been cached, as a rule
-				case dice < 40 && hot != nil: // a code whose hold still stands
+				case dice < 40: // a code whose hold still stands
 					s = hot
 				default:
-					if dice < 750 && hot != nil {
+					switch {
+					case dice < 450:
 						s = hot
+					case dice < 800:
+						s = warm
 					}
 					c.look(s, replica)
 					continue
@@ -694,6 +715,27 @@ func killTracking(c *checker, r *rand.Rand, stop <-chan struct{}) {
 	}
 }
 
+// evict removes single keys, values as well as holds and leases, as a full Redis does. That is no fault: nothing may be stale.
+func evict(c *checker, r *rand.Rand, stop <-chan struct{}) {
+	conn, err := redis.DialURL(c.redis.url)
+	if err != nil {
+		c.problem("%v", err)
+		return
+	}
+	defer conn.Close()
+	for pause(r, time.Millisecond, 8*time.Millisecond, stop) {
+		s, _, hot := c.pick(r)
+		if r.IntN(4) > 0 {
+			s = hot
+		}
+		if _, err := conn.Do("UNLINK", key(s.code)); err != nil {
+			c.problem("%v", err)
+			return
+		}
+		c.faults++
+	}
+}
+
 // flushAll empties Redis.
 func flushAll(c *checker, r *rand.Rand, stop <-chan struct{}) {
 	conn, err := redis.DialURL(c.redis.url)
@@ -741,7 +783,7 @@ func cutOff(proxies []*proxy) fault {
 			n := r.IntN(len(proxies))
 			c.reach(false, n)
 			proxies[n].cut()
-			pause(r, 500*time.Millisecond, 5*time.Second, stop)
+			pause(r, 500*time.Millisecond, min(5*time.Second, c.length*3/4), stop) // short runs want more than one, too
 			proxies[n].heal()
 			c.reach(true, n)
 		}
@@ -814,9 +856,7 @@ func (p *proxy) pump(dst, src *net.TCPConn, r *rand.Rand) {
 	}
 }
 
-func noDelay(*rand.Rand) time.Duration { return 0 }
-
-// slowly makes every third answer of PostgreSQL late, so that what was read is old when it is used.
+// slowly makes every third packet late, so that what was read is old when it is used.
 func slowly(r *rand.Rand) time.Duration {
 	if r.IntN(3) > 0 {
 		return 0
@@ -839,8 +879,8 @@ func TestFault16Coherence(t *testing.T) {
 		allowed time.Duration
 		fault   fault
 	}{
-		{"none", 0, nil}, {"clientkill", trustFor, killTracking}, {"flushall", trustFor, flushAll},
-		{"paused", trustFor, hangRedis}, {"restarted", trustFor, restartRedis}, {"cutoff", trustFor, nil},
+		{"none", 0, nil}, {"evicting", 0, evict}, {"clientkill", trustFor, killTracking}, {"flushall", trustFor, flushAll},
+		{"paused", trustFor, hangRedis}, {"restarted", trustFor, restartRedis}, {"cutoff", trustFor, nil}, // its fault needs what checkHop makes
 	} {
 		t.Run(f.name, func(t *testing.T) {
 			t.Parallel()
@@ -896,14 +936,14 @@ func checkHop(t *testing.T, name string, allowed time.Duration, seed uint64, f f
 			u.Host = startProxy(t, net.JoinHostPort(u.Hostname(), port), seed+uint64(n), slowly).addr
 			slow = u.String()
 		}
-		if name == "cutoff" {
-			p := startProxy(t, fmt.Sprintf("127.0.0.1:%d", rds.port), seed, noDelay)
+		if allowed > 0 { // else what Redis tells comes as late as the delay
+			p := startProxy(t, fmt.Sprintf("127.0.0.1:%d", rds.port), seed, slowly)
 			proxies, at = append(proxies, p), "redis://"+p.addr+"/0"
 		}
 		a := startApp(t, "DATABASE_URL="+slow, "REDIS_URL="+at, "CLICK_EVENTS=off", "LOG_LEVEL=info")
 		c.places = append(c.places, &place{url: a.url, app: a, entries: a.localEntries})
 	}
-	if proxies != nil {
+	if name == "cutoff" {
 		f = cutOff(proxies)
 	}
 	for start := time.Now(); slices.ContainsFunc(c.places, func(p *place) bool { return !p.app.cache.redis.up.Load() || p.app.cache.local.len() == 0 }); {
@@ -912,7 +952,7 @@ func checkHop(t *testing.T, name string, allowed time.Duration, seed uint64, f f
 			return c
 		}
 	}
-	c.run(coherenceTime(4*time.Second), seed, f)
+	c.run(coherenceTime(3*time.Second), seed, f)
 	c.judge()
 	return c
 }
@@ -970,6 +1010,63 @@ func TestCheckerConvictsNaiveCache(t *testing.T) {
 				t.Error("no wrong entry found")
 			}
 		})
+	}
+}
+
+// TestCoherenceAcrossReconnects: what was filled while nobody listened for changes must not be trusted when somebody does again.
+func TestCoherenceAcrossReconnects(t *testing.T) {
+	rds := startRedis(t)
+	a := startApp(t, "REDIS_URL="+rds.url)
+	tier, local := a.cache.redis, a.cache.local
+	eventually(t, 5*time.Second, "redis is trusted", tier.up.Load)
+	conn, err := redis.DialURL(rds.url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	epoch := local.epoch.Load()
+	if n, err := redis.Int(conn.Do("CLIENT", "KILL", "TYPE", "pubsub")); n != 1 || err != nil {
+		t.Fatalf("killed %d tracking connections, error %v", n, err)
+	}
+	eventually(t, time.Second, "the loss is noticed", func() bool { return local.epoch.Load() > epoch })
+	// A read that began now, as that of fillLocal or of a miss which looked at up just before, finds what may change unheard.
+	put := func() {
+		local.put("between", target{id: 1, location: []string{"https://example.com/"}}, local.generation("between"), localTTL, true)
+	}
+	put()
+	eventually(t, 5*time.Second, "redis is trusted again", tier.up.Load)
+	if _, ok := local.get("between", time.Now()); ok {
+		t.Error("an entry from before the connection is answered")
+	}
+	put()
+	if _, ok := local.get("between", time.Now()); !ok {
+		t.Error("an entry from after it is not")
+	}
+}
+
+// TestCoherenceOwedBeforeDropped: between the two a miss could fill the old value from a Redis that is trusted and not held.
+func TestCoherenceOwedBeforeDropped(t *testing.T) {
+	rds := startRedis(t)
+	a := startApp(t, "REDIS_URL="+rds.url)
+	tier := a.cache.redis
+	eventually(t, 5*time.Second, "redis is trusted", tier.up.Load)
+	dropped, owed := 0, 0
+	forget := a.cache.local.onDrop
+	a.cache.local.onDrop = func(code string) {
+		if code == "changed" {
+			dropped++
+			tier.mu.Lock()
+			if _, ok := tier.owed[code]; ok {
+				owed++
+			}
+			tier.mu.Unlock()
+		}
+		forget(code)
+	}
+	rds.kill()
+	pending, err := a.cache.change([]string{"changed"}, func() error { return nil })
+	if !pending || err != nil || dropped != 1 || owed != 1 {
+		t.Errorf("pending %v, error %v, dropped %d times, of those owed %d", pending, err, dropped, owed)
 	}
 }
 

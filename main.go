@@ -221,7 +221,7 @@ func (s *Server) start(ctx context.Context) {
 	if tier != nil {
 		codes, warm := tier.warm(s.cfg.LocalCache), make(chan struct{})
 		go tier.keepWarm(ctx, codes, warm)
-		track() // only now, or Redis would tell of every key just warmed
+		track()  // only now, or Redis would tell of every key just warmed
 		select { // ready with a warm local tier if Redis is there, without if it is not
 		case <-warm:
 		case <-time.After(time.Second):

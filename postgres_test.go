@@ -3,15 +3,21 @@ package main
 import (
 	"context"
 	"database/sql"
+	"database/sql/driver"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net/url"
 	"os"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
+
+	"github.com/lib/pq"
+	"github.com/lib/pq/pqerror"
 )
 
 // promptly is how fast a request must fail: within 600 ms, and some slack for test machines that have other things to do.
@@ -140,6 +146,19 @@ func TestPostgresHung(t *testing.T) {
 	}
 	pg.pause(t)
 	wantUnavailable(t, store, promptly, "the server hangs")
+	ended := make(chan error, 1) // what requests leave behind must end too, or they pile up
+	go func() {
+		_, err := onConn(context.Background(), store.db, func(c *sql.Conn) (sql.Result, error) { return c.ExecContext(context.Background(), `SELECT 1`) })
+		ended <- err
+	}()
+	select {
+	case err := <-ended:
+		if err == nil {
+			t.Error("a hung server answers")
+		}
+	case <-time.After(2 * promptly):
+		t.Error("a statement to a hung server waits for ever")
+	}
 	go store.monitor(ctx)
 	eventually(t, 3*time.Second, "the breaker opens", store.down.Load)
 	for range 3 {
@@ -229,6 +248,47 @@ func TestPostgresConnectionLost(t *testing.T) {
 			}
 			if err := errors.Join(store.probe(probeEvery), target()); err != nil { // and makes room for the next case
 				t.Error(err)
+			}
+		})
+	}
+}
+
+// TestClassify is what the driver's errors become, and which of them open the breaker.
+func TestClassify(t *testing.T) {
+	sqlstate := func(severity, code string) error {
+		return fmt.Errorf("wrapped: %w", &pq.Error{Severity: severity, Code: pqerror.Code(code)})
+	}
+	same := errors.New("the error as it was")
+	tests := []struct {
+		name      string
+		err, want error // same: not translated
+		down      bool
+	}{
+		{"none", nil, nil, false},
+		{"ours", errNoUser, same, false},
+		{"no row", sql.ErrNoRows, errNotFound, false},
+		{"statement over its time", sqlstate("ERROR", "57014"), errUnavailable, false},
+		{"deadlock", sqlstate("ERROR", "40P01"), errUnavailable, false},
+		{"out of memory", sqlstate("ERROR", "53200"), errUnavailable, false},
+		{"full pool", context.DeadlineExceeded, errUnavailable, false},
+		{"our own mistake", sqlstate("ERROR", "42601"), same, false},
+		{"too many connections", sqlstate("FATAL", "53300"), errUnavailable, true},
+		{"shutting down", sqlstate("FATAL", "57P01"), errUnavailable, true},
+		{"starting up", sqlstate("FATAL", "57P03"), errUnavailable, true},
+		{"dead connection", driver.ErrBadConn, errUnavailable, true},
+		{"refused", syscall.ECONNREFUSED, errUnavailable, true},
+		{"silence", os.ErrDeadlineExceeded, errUnavailable, true},
+		{"cut off", io.ErrUnexpectedEOF, errUnavailable, true},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			s := &Store{log: slog.New(slog.DiscardHandler)}
+			got := s.classify(tt.err)
+			if want := tt.want; want == same && got != tt.err || want != same && !errors.Is(got, want) || want == nil && got != nil {
+				t.Errorf("classify = %v, want %v", got, want)
+			}
+			if s.down.Load() != tt.down {
+				t.Errorf("breaker open: %v, want %v", s.down.Load(), tt.down)
 			}
 		})
 	}

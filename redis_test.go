@@ -187,7 +187,13 @@ func TestCacheOverRedis(t *testing.T) {
 	}
 
 	t.Run("a created code never hides behind a sentinel", func(t *testing.T) {
-		pending, err := a.change([]string{"unknown"}, func() error { pg.set("unknown", 5); return nil })
+		pending, err := a.change([]string{"unknown"}, func() error {
+			if got := fmt.Sprintf("%s", say("GET", key("unknown"))); got != hold { // should the writer die now, nobody fills what was
+				t.Errorf("during the commit Redis holds %q", got)
+			}
+			pg.set("unknown", 5)
+			return nil
+		})
 		if pending || err != nil {
 			t.Errorf("change = %v, %v", pending, err)
 		}

@@ -161,7 +161,8 @@ func (l *loader) parse(t csvTable, file io.Reader, chunks chan<- rows, done <-ch
 	for _, c := range t.columns {
 		names = append(names, c.name)
 	}
-	if got := strings.TrimPrefix(strings.Join(header, ","), "\ufeff"); got != strings.Join(names, ",") { // Excel writes the BOM
+	got := strings.TrimPrefix(strings.Join(header, ","), "\ufeff") // Excel writes the BOM
+	if len(header) != len(names) || got != strings.Join(names, ",") {
 		return &rowError{t.name, 1, "id", fmt.Sprintf("the header must be %s", strings.Join(names, ","))}
 	}
 	codes := map[string]bool{}
