@@ -9,6 +9,7 @@ import (
 	_ "embed"
 	"encoding/json"
 	"errors"
+	"io"
 	"log/slog"
 	"net/http"
 	"strings"
@@ -101,6 +102,13 @@ func (s *Server) adapt(rt route) http.Handler {
 			w.Header().Set("WWW-Authenticate", `Bearer realm="hop"`)
 			s.fail(w, &apiError{http.StatusUnauthorized, "unauthorized", "this needs Authorization: Bearer and a valid token", nil})
 			return
+		}
+		if r.ContentLength != 0 { // read before it takes a place: who sends slowly keeps nobody else from writing
+			head, _ := io.ReadAll(io.LimitReader(r.Body, maxBody+1)) // an error comes again with the next read
+			r.Body = struct {
+				io.Reader
+				io.Closer
+			}{io.MultiReader(bytes.NewReader(head), r.Body), r.Body}
 		}
 		if rt.limit != nil {
 			if !rt.limit.enter() {

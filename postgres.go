@@ -6,12 +6,14 @@ import (
 	"database/sql/driver"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"os"
 	"runtime"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/lib/pq"
@@ -159,7 +161,8 @@ func read[T any](s *Store, fn func(*sql.Conn) (T, error)) (T, error) {
 // onLive is onConn for an fn that does not write, which could happen twice: where a connection is found dead, all idle ones are
 // dropped, since they die together and unseen when the server restarts, and fn runs on a new one.
 func onLive[T any](ctx context.Context, db *sql.DB, fn func(*sql.Conn) (T, error)) (v T, err error) {
-	if v, err = onConn(ctx, db, fn); errors.Is(err, driver.ErrBadConn) {
+	v, err = onConn(ctx, db, fn)
+	if errors.Is(err, driver.ErrBadConn) || errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) || errors.Is(err, io.EOF) {
 		dropIdle(db)
 		v, err = onConn(ctx, db, fn)
 	}

@@ -141,9 +141,7 @@ func TestPostgresHung(t *testing.T) {
 	store, _ := testStore(t, Config{DatabaseURL: pg.url, DBConns: 2})
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
-	if _, err := store.target("abc"); err != nil {
-		t.Fatal(err)
-	}
+	idle(t, store.db, 2)
 	pg.pause(t)
 	wantUnavailable(t, store, promptly, "the server hangs")
 	ended := make(chan error, 1) // what requests leave behind must end too, or they pile up
@@ -226,18 +224,8 @@ func TestPostgresConnectionLost(t *testing.T) {
 		"targets": func() error { _, err := store.targets(0, 10); return err },
 	} {
 		t.Run(name, func(t *testing.T) {
-			for _, pool := range []*sql.DB{store.db, store.back} { // four idle connections in each
-				var conns [4]*sql.Conn
-				for i := range conns {
-					var err error
-					if conns[i], err = pool.Conn(t.Context()); err != nil {
-						t.Fatal(err)
-					}
-				}
-				for _, c := range conns {
-					c.Close()
-				}
-			}
+			idle(t, store.db, 4)
+			idle(t, store.back, 4)
 			others := `FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()`
 			if n := scalar[int](t, db, `SELECT count(pg_terminate_backend(pid)) `+others); n != 8 {
 				t.Fatalf("%d connections ended of 8", n)
@@ -350,6 +338,18 @@ func testStore(t *testing.T, cfg Config) (*Store, *sql.DB) {
 		t.Fatal(err)
 	}
 	return store, openDB(t, cfg.DatabaseURL)
+}
+
+// idle makes n idle connections in a pool.
+func idle(t *testing.T, pool *sql.DB, n int) {
+	t.Helper()
+	for range n {
+		c, err := pool.Conn(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+	}
 }
 
 // wantUnavailable reads and must be refused within limit.

@@ -217,7 +217,7 @@ func TestCreateLinksMixed(t *testing.T) {
 }
 
 // TestTargets asks for links in every state by code, and pages through them all as warming does.
-func TestTargets(t *testing.T) {
+func TestStoreTargets(t *testing.T) {
 	store, _ := testStore(t, Config{})
 	future := time.Now().Add(time.Hour).UTC().Truncate(time.Second)
 	rows := []struct {
