@@ -21,7 +21,7 @@ WITH_FAST_SERVICES := HOP_PG_OPTS="-c fsync=off -c full_page_writes=off" scripts
 # All files, also those behind build tags; the tagged ones share helpers with the others.
 TAGS := -tags bench,fault
 
-.PHONY: help run stop build test check coverage load smoke bench growth fault fuzz lint vuln clean
+.PHONY: help run stop build test check coverage load smoke bench growth fault promcheck fuzz lint vuln clean
 
 help: ## print this
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -65,7 +65,10 @@ growth: ## the measurements on large data sets
 
 fault: ## the failure suite: it starts, stops and kills PostgreSQL, Redis and hop itself
 	scripts/services.sh install
-	go test -tags fault -run '^TestFault' -v -timeout 60m .
+	COHERENCE_SECONDS=$${COHERENCE_SECONDS:-60} go test -tags fault -run '^TestFault' -v -timeout 60m .
+
+promcheck: ## /metrics judged by Prometheus's own parser and linter (not in go.mod)
+	PROMCHECK='cd scripts/promcheck && go run .' $(WITH_FAST_SERVICES) go test -count=1 -v -run '^TestMetricsValid$$' .
 
 fuzz: ## every fuzz target for FUZZTIME
 	$(WITH_FAST_SERVICES) sh -ec 'list=$$(go test -list "^Fuzz" .); for target in $$(echo "$$list" | grep ^Fuzz); do \

@@ -10,7 +10,9 @@ import (
 // Cache keeps redirects off PostgreSQL: a local tier in this process (local.go) in front of Redis (redis.go) in front of load.
 //
 // Guarantee: after a change was acknowledged, no replica that reaches Redis serves the old target for longer than trustFor
-// (2 s), normally not at all; whatever fails, none for longer than valueTTL (10 min ± 10 %). Without Redis: localAlone (2 s).
+// (2 s), normally not at all; one that does not, for longer than localBlind (1 s) while it reaches PostgreSQL. Only a change whose
+// answer said "pending" may stay unseen by other replicas, until Redis is reached again or its values expire (valueTTL, 10 min
+// ± 10 %), and after that for staleFor (10 min) if a replica then reaches nothing at all. Without Redis: localAlone (2 s).
 // A 404 is only said when PostgreSQL said so. Redis is never needed for a right answer.
 type Cache struct {
 	local *localTier
@@ -80,7 +82,7 @@ func (c *Cache) miss(code string, now time.Time) (target, error) {
 	case <-timeout.C:
 		f = &flight{err: errUnavailable} // the real one goes on for others
 	}
-	if f.err != nil { // nobody can say what the truth is: what was true minutes ago is the best answer, a 404 would be a lie
+	if f.err != nil && !c.redis.usable() { // nobody can say what the truth is: what was true minutes ago is the best answer
 		if t, ok := c.local.stale(code, now); ok {
 			c.stales.Add(1)
 			return t, nil
@@ -91,7 +93,7 @@ func (c *Cache) miss(code string, now time.Time) (target, error) {
 
 // fly answers one miss from Redis, else from PostgreSQL, and fills what it may.
 func (c *Cache) fly(code string, f *flight) {
-	generation := c.local.generation(code) // before the reads: an invalidation after this line vetoes the fill
+	began, generation := time.Now(), c.local.generation(code) // before the reads: an invalidation after this line vetoes the fill
 	var lease string
 	reachable := c.redis.usable()
 	if reachable {
@@ -117,9 +119,9 @@ func (c *Cache) fly(code string, f *flight) {
 	case lease != "":
 		c.redis.fill(code, lease, t) // the push that follows vetoes a local fill; the next reader finds it in Redis
 	case c.redis == nil:
-		c.local.put(code, t, generation, localAlone, false)
+		c.local.put(code, t, generation, localAlone-time.Since(began), false)
 	case !reachable:
-		c.local.put(code, t, generation, localBlind, false)
+		c.local.put(code, t, generation, localBlind-time.Since(began), false)
 	}
 	if err == nil && t.id == 0 {
 		c.sentinels.Add(1)
