@@ -235,11 +235,12 @@ func (c *clickLog) take(half int) {
 // swap lets writers go on in the other half, which is blank, and takes theirs. It waits for the writers that have a slot and
 // have not filled it yet: nanoseconds, unless the scheduler stopped one.
 func (c *clickLog) swap() {
+	c.mu.Lock() // so that counts sees both or neither
 	old := c.next.Load()
-	if old&^halfBit == 0 {
+	if old&^halfBit == 0 && len(c.spilled) == 0 {
+		c.mu.Unlock()
 		return
 	}
-	c.mu.Lock() // so that counts sees both or neither
 	old = c.next.Swap(^old & halfBit)
 	c.taken.Add(int64(old &^ halfBit))
 	c.mu.Unlock()
