@@ -25,6 +25,7 @@ import (
 
 const (
 	flushEvery = 100 * time.Millisecond // how long another replica's readers may not see a click; 10 commits/s cost 2 % of a core
+	flushPause = time.Second            // and how long under a load that keeps PostgreSQL busy with clicks
 	halfSlots  = 1 << 18                // slots in each half: 16 MiB, touched only as far as an outage fills them
 	slotSize   = 64                     // one cache line: a header word, the link's id, and the referrer's host
 	longestGap = 1 << 14                // blank slots that end a half: more than requests in flight (maxInFlight), each of which may leave one
@@ -298,18 +299,14 @@ func (c *clickLog) settle() error {
 	return nil
 }
 
-// run flushes every flushEvery, and for readers at once, until stop is closed; then once more.
+// run flushes every flushEvery, and for readers at once, until stop is closed; then once more. The pause grows with what a flush
+// takes, so that flushing is a tenth of PostgreSQL's time at most, up to flushPause; a larger batch costs less per click.
 func (c *clickLog) run(stop <-chan struct{}) {
-	tick := time.NewTicker(flushEvery)
-	defer tick.Stop()
-	var failed time.Time // when the last flush failed; zero if it did not
-	for {
+	var failing bool
+	for timer := time.NewTimer(flushEvery); ; {
 		var waiting []chan error
 		select {
-		case <-tick.C:
-			if time.Since(failed) < probeEvery {
-				continue // as often as the breaker asks
-			}
+		case <-timer.C:
 		case w := <-c.ask:
 			waiting = drain(c.ask, w, 1<<16) // one flush serves all who asked before it
 		case <-stop:
@@ -318,14 +315,16 @@ func (c *clickLog) run(stop <-chan struct{}) {
 			}
 			return
 		}
+		start := time.Now()
 		err := c.flush()
-		if err != nil && failed.IsZero() {
-			c.log.Warn("clicks wait for PostgreSQL", "err", err)
-		}
-		failed = time.Time{}
+		timer.Reset(min(max(flushEvery, 10*time.Since(start)), flushPause))
 		if err != nil {
-			failed = time.Now()
+			timer.Reset(probeEvery) // as often as the breaker asks
+			if !failing {
+				c.log.Warn("clicks wait for PostgreSQL", "err", err)
+			}
 		}
+		failing = err != nil
 		for _, w := range waiting {
 			w <- err
 		}

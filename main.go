@@ -124,7 +124,7 @@ const (
 	flushFor   = 5 * time.Second  // for the last clicks; what is left survives in the journal
 	readWithin = 5 * time.Second  // for a whole request of at most 16 KiB: a slowloris keeps a connection no longer
 	maxConns   = 20_000           // open connections; each costs about 10 KB
-	memoryBase = 48 << 20         // of the soft memory limit, to which LOCAL_CACHE adds
+	memoryBase = 24 << 20         // of the soft memory limit, to which LOCAL_CACHE adds
 )
 
 // serve opens everything, serves, and closes in the reverse order. It listens at once, before its dependencies answer.
@@ -154,7 +154,7 @@ func serve(ctx context.Context, cfg Config, log *slog.Logger) error {
 	server := &http.Server{
 		Handler:           s,
 		ReadHeaderTimeout: readWithin,
-		ReadTimeout:       readWithin, // the same: net/http then sets one deadline per request, not two
+		ReadTimeout:       readWithin,
 		WriteTimeout:      15 * time.Second,
 		IdleTimeout:       60 * time.Second, // longer than balancers keep theirs would cost them resets; shorter costs us handshakes
 		MaxHeaderBytes:    16 << 10,
@@ -238,7 +238,7 @@ func tuneGC(cfg Config) {
 		debug.SetGCPercent(400)
 	}
 	if os.Getenv("GOMEMLIMIT") == "" {
-		debug.SetMemoryLimit(memoryBase + int64(cfg.LocalCache)*512)
+		debug.SetMemoryLimit(memoryBase + int64(cfg.LocalCache)*400)
 	}
 }
 
