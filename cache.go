@@ -153,14 +153,27 @@ func (c *Cache) forget(code string) {
 func (c *Cache) change(codes []string, commit func() error) (pending bool, err error) {
 	c.redis.hold(codes)
 	err = commit()
-	pending = !c.redis.hold(codes) // also after an error: whether a lost commit happened is unknown
-	if pending {
+	return c.settle(codes, c.redis.hold(codes)), err // also after an error: whether a lost commit happened is unknown
+}
+
+// create is change for codes that nobody can have asked for on purpose. One hold, while the commit is under way, is enough
+// against the sentinel of a lucky guess, and costs no time.
+func (c *Cache) create(codes []string, commit func() error) (pending bool, err error) {
+	held := make(chan bool, 1)
+	go func() { held <- c.redis.hold(codes) }()
+	err = commit()
+	return c.settle(codes, <-held), err
+}
+
+// settle ends a change here, held or not.
+func (c *Cache) settle(codes []string, held bool) (pending bool) {
+	if !held {
 		c.redis.owe(codes) // before the drop, or a fill from Redis could slip in between
 	}
 	for _, code := range codes {
 		c.local.drop(code)
 	}
-	return pending, err
+	return !held
 }
 
 // limiter caps how many do one thing at once.

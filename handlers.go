@@ -84,9 +84,7 @@ func newServer(cfg Config, store *Store, cache *Cache, clicks *clickLog, log *sl
 	for _, rt := range s.routes() {
 		s.mux.Handle(rt.pattern, s.adapt(rt))
 	}
-	for range 2 { // one commits while the other collects
-		go s.createQueued()
-	}
+	go s.createQueued()
 	return s
 }
 

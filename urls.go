@@ -88,7 +88,8 @@ func (s *Server) readLink(f *fields, needsUser bool) newLink {
 	}
 }
 
-// createQueued makes queued links, all that wait at one moment in one commit.
+// createQueued makes queued links, all that gathered during one commit in the next. There is one: two would commit half as many
+// each, and made 0.68 of what pgbench does, one 0.84.
 func (s *Server) createQueued() {
 	for first := range s.queue {
 		batch := drain(s.queue, first, batchSize)
@@ -119,9 +120,12 @@ func (s *Server) makeLinks(links []newLink) []made {
 		var batch []newLink
 		var codes []string
 		var at, later []int
-		seen := map[string]bool{}
+		seen, tell := map[string]bool{}, s.cache.create
 		for _, i := range todo {
 			l := links[i]
+			if l.code != "" {
+				tell = s.cache.change
+			}
 			for l.code == "" || reserved[l.code] {
 				l.code = newCode()
 			}
@@ -133,7 +137,7 @@ func (s *Server) makeLinks(links []newLink) []made {
 			batch, codes, at = append(batch, l), append(codes, l.code), append(at, i)
 		}
 		var answers []made
-		pending, err := s.cache.change(codes, func() (err error) { answers, err = s.store.createLinks(batch); return err })
+		pending, err := tell(codes, func() (err error) { answers, err = s.store.createLinks(batch); return err })
 		for n, i := range at {
 			switch {
 			case err != nil:
