@@ -200,14 +200,6 @@ func launchApp(t testing.TB, settings ...string) *app {
 	return a
 }
 
-// seed loads the built-in files into the app's database.
-func (a *app) seed(t testing.TB) {
-	t.Helper()
-	if err := a.store.seed(os.DirFS("seeds"), a.rules, io.Discard); err != nil {
-		t.Fatal(err)
-	}
-}
-
 // client does not follow redirects and keeps many connections.
 var client = &http.Client{
 	CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },

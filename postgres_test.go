@@ -306,8 +306,7 @@ func TestMigrateTogether(t *testing.T) {
 	if n := scalar[int](t, db, `SELECT count(*) FROM pg_tables WHERE schemaname = 'public'`); n != 5 {
 		t.Errorf("%d tables, want 5", n)
 	}
-	var missing sql.NullString
-	missing = scalar[sql.NullString](t, db, `
+	missing := scalar[sql.NullString](t, db, `
 		SELECT string_agg(table_name || '.' || column_name, ', ') FROM information_schema.columns
 		WHERE table_schema = 'public' AND col_description((table_schema || '.' || table_name)::regclass, ordinal_position) IS NULL`)
 	if missing.Valid {

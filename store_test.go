@@ -1,6 +1,7 @@
 package main
 
 import (
+	"database/sql"
 	"errors"
 	"fmt"
 	"slices"
@@ -8,8 +9,6 @@ import (
 	"sync"
 	"testing"
 	"time"
-
-	"github.com/lib/pq"
 )
 
 // What the tests over HTTP cannot see of store.go.
@@ -223,15 +222,15 @@ func TestStoreTargets(t *testing.T) {
 	rows := []struct {
 		code             string
 		active           bool
-		expires, deleted pq.NullTime
+		expires, deleted sql.NullTime
 		live             bool
 	}{
-		{"plain", true, pq.NullTime{}, pq.NullTime{}, true},
-		{"inactive", false, pq.NullTime{}, pq.NullTime{}, false},
-		{"later", true, pq.NullTime{Time: future, Valid: true}, pq.NullTime{}, true},
-		{"expired", true, pq.NullTime{Time: time.Now().Add(-2 * time.Second).UTC(), Valid: true}, pq.NullTime{}, false},
-		{"deleted", true, pq.NullTime{}, pq.NullTime{Time: time.Now().UTC(), Valid: true}, false},
-		{"Plain", true, pq.NullTime{}, pq.NullTime{}, true},
+		{"plain", true, sql.NullTime{}, sql.NullTime{}, true},
+		{"inactive", false, sql.NullTime{}, sql.NullTime{}, false},
+		{"later", true, sql.NullTime{Time: future, Valid: true}, sql.NullTime{}, true},
+		{"expired", true, sql.NullTime{Time: time.Now().Add(-2 * time.Second).UTC(), Valid: true}, sql.NullTime{}, false},
+		{"deleted", true, sql.NullTime{}, sql.NullTime{Time: time.Now().UTC(), Valid: true}, false},
+		{"Plain", true, sql.NullTime{}, sql.NullTime{}, true},
 	}
 	for _, r := range rows {
 		_, err := store.db.Exec(`INSERT INTO urls (short_code, original_url, is_active, expires_at, deleted_at, created_at, updated_at)
