@@ -334,7 +334,7 @@ func TestTuneGC(t *testing.T) {
 		gogc, limit string
 		percent     int
 		bytes       int64
-	}{{"", "", 400, memoryBase + 512_000}, {"50", "", 100, memoryBase + 512_000}, {"", "1GiB", 400, math.MaxInt64}} {
+	}{{"", "", 400, memoryBase + 400_000}, {"50", "", 100, memoryBase + 400_000}, {"", "1GiB", 400, math.MaxInt64}} {
 		debug.SetGCPercent(100)
 		debug.SetMemoryLimit(math.MaxInt64)
 		t.Setenv("GOGC", tt.gogc)
