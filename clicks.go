@@ -25,7 +25,7 @@ import (
 
 const (
 	flushEvery = 100 * time.Millisecond // how long another replica's readers may not see a click; 10 commits/s cost 2 % of a core
-	flushPause = time.Second            // and how long under a load that keeps PostgreSQL busy with clicks
+	flushPause = 250 * time.Millisecond // and how long under a load that keeps PostgreSQL busy; longer only makes batches that cost memory
 	halfSlots  = 1 << 18                // slots in each half: 16 MiB, touched only as far as an outage fills them
 	slotSize   = 64                     // one cache line: a header word, the link's id, and the referrer's host
 	longestGap = 1 << 14                // blank slots that end a half: more than requests in flight (maxInFlight), each of which may leave one
@@ -206,8 +206,11 @@ func (c *clickLog) adopt() {
 // take makes the pending batch out of a half that nobody writes to any more, under c.number.
 func (c *clickLog) take(half int) {
 	wordAt(c.header).Store(c.number<<2 | uint64(half+1))
-	b := &clickBatch{journal: string(c.header[8:24]), number: c.number, half: half}
-	for i := range min(c.settled[half], halfSlots) {
+	used := min(c.settled[half], halfSlots)
+	b := &clickBatch{journal: string(c.header[8:24]), number: c.number, half: half, ids: make(pq.Int64Array, 0, used),
+		times: make(pq.Int64Array, 0, used), counts: make(pq.Int64Array, 0, used), kinds: make(pq.Int64Array, 0, used),
+		referrers: make(pq.StringArray, 0, used)}
+	for i := range used {
 		slot := c.halves[half][i*slotSize:][:slotSize]
 		word, kind := wordAt(slot).Load(), int64(withEvent)
 		if word == 0 {

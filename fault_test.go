@@ -920,7 +920,10 @@ func TestFault13SlowClients(t *testing.T) {
 	var open, failed atomic.Int64
 	var mu sync.Mutex // guards lived
 	lived := map[string]time.Duration{}
+	arrive := time.NewTicker(time.Millisecond) // not all at one instant: they share this process and its two cores with the load
+	defer arrive.Stop()
 	for i := range slow {
+		<-arrive.C
 		clients.Go(func() {
 			kind, head, drip := "headers", "GET /f0001 HTTP/1.1\r\nHost: hop.test\r\n", "X-Slow: 1\r\n"
 			if i%2 == 1 {

@@ -124,7 +124,7 @@ const (
 	flushFor   = 5 * time.Second  // for the last clicks; what is left survives in the journal
 	readWithin = 5 * time.Second  // for a whole request of at most 16 KiB: a slowloris keeps a connection no longer
 	maxConns   = 20_000           // open connections; each costs about 10 KB
-	memoryBase = 24 << 20         // of the soft memory limit, to which LOCAL_CACHE adds
+	memoryBase = 256 << 20        // of the soft memory limit, to which LOCAL_CACHE adds: 10,000 idle connections fit below it
 )
 
 // serve opens everything, serves, and closes in the reverse order. It listens at once, before its dependencies answer.
