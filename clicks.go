@@ -25,7 +25,7 @@ import (
 
 const (
 	flushEvery = 100 * time.Millisecond // how long another replica's readers may not see a click; 10 commits/s cost 2 % of a core
-	flushPause = 250 * time.Millisecond // and how long under a load that keeps PostgreSQL busy; longer only makes batches that cost memory
+	flushPause = 500 * time.Millisecond // and how long under a load that keeps PostgreSQL busy; longer makes batches that cost memory
 	halfSlots  = 1 << 18                // slots in each half: 16 MiB, touched only as far as an outage fills them
 	slotSize   = 64                     // one cache line: a header word, the link's id, and the referrer's host
 	longestGap = 1 << 14                // blank slots that end a half: more than requests in flight (maxInFlight), each of which may leave one

