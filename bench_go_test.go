@@ -44,7 +44,7 @@ func warmTier(size int, targets map[string]target) *localTier {
 
 func BenchmarkLocalHit(b *testing.B) {
 	codes, targets := benchCodes(2000)
-	c := newCache(100_000, nil, warmTier(100_000, targets), nil)
+	c := newCache(nil, warmTier(100_000, targets), nil)
 	now := time.Now()
 	hit := func(i int) {
 		if t, err := c.resolve(codes[i%len(codes)], now); err != nil || t.id == 0 {
@@ -93,7 +93,7 @@ func BenchmarkMiss(b *testing.B) {
 			})
 		})
 	}
-	b.Run("alone", func(b *testing.B) { run(b, newCache(64, nil, newLocalTier(64), load)) })
+	b.Run("alone", func(b *testing.B) { run(b, newCache(nil, newLocalTier(64), load)) })
 	b.Run("redis", func(b *testing.B) {
 		if os.Getenv("REDIS_URL") == "" {
 			b.Skip("no REDIS_URL")
@@ -114,7 +114,7 @@ func BenchmarkMiss(b *testing.B) {
 			b.Fatal(err)
 		}
 		conn.Close()
-		run(b, newCache(64, tier, local, load))
+		run(b, newCache(tier, local, load))
 	})
 }
 
@@ -223,7 +223,7 @@ func benchServer(b *testing.B, targets map[string]target, events bool) *Server {
 	if err != nil {
 		b.Fatal(err)
 	}
-	return newServer(cfg, nil, newCache(100_000, nil, warmTier(100_000, targets), nil), benchClicks(b, events), quiet)
+	return newServer(cfg, nil, newCache(nil, warmTier(100_000, targets), nil), benchClicks(b, events), quiet)
 }
 
 // blank is a ResponseWriter that keeps only the headers.

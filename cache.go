@@ -45,8 +45,8 @@ type flight struct {
 // errOverloaded refuses what would wait in too long a queue.
 var errOverloaded = errors.New("overloaded")
 
-// newCache returns a cache of size links locally; redis may be nil.
-func newCache(size int, redis *redisTier, local *localTier, load func(string) (target, error)) *Cache {
+// newCache returns a cache over its tiers; redis may be nil.
+func newCache(redis *redisTier, local *localTier, load func(string) (target, error)) *Cache {
 	c := &Cache{local: local, redis: redis, load: load, flights: map[string]*flight{}, waiting: limiter{max: maxWaiting}}
 	local.onDrop = c.forget
 	return c

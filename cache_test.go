@@ -18,7 +18,7 @@ func TestCacheCoalesces(t *testing.T) {
 	pg := newFakeLoad("abc")
 	block := make(chan struct{})
 	pg.answer(nil, block)
-	c := newCache(640, nil, newLocalTier(640), pg.load)
+	c := newCache(nil, newLocalTier(640), pg.load)
 	var all sync.WaitGroup
 	for range requests {
 		all.Go(func() {
@@ -38,7 +38,7 @@ func TestCacheCoalesces(t *testing.T) {
 // TestCacheAlone is a replica without Redis: what it loaded, found or not, it answers itself for localAlone and no longer.
 func TestCacheAlone(t *testing.T) {
 	pg := newFakeLoad("abc")
-	c := newCache(640, nil, newLocalTier(640), pg.load)
+	c := newCache(nil, newLocalTier(640), pg.load)
 	for _, code := range []string{"abc", "unknown"} {
 		before := pg.loads.Load()
 		for _, step := range []struct {
@@ -59,7 +59,7 @@ func TestCacheAlone(t *testing.T) {
 // TestCacheWhenLoadFails answers with what was true lately, never with a 404 that nobody vouches for.
 func TestCacheWhenLoadFails(t *testing.T) {
 	pg := newFakeLoad("known", "gone")
-	c := newCache(640, nil, newLocalTier(640), pg.load)
+	c := newCache(nil, newLocalTier(640), pg.load)
 	for _, code := range []string{"known", "unknown", "gone"} {
 		if _, err := c.resolve(code, time.Now()); err != nil {
 			t.Fatal(err)
@@ -110,7 +110,7 @@ func TestCacheWhenLoadFails(t *testing.T) {
 // TestCacheOverload fills the queue of misses: more are refused at once, warm codes are not.
 func TestCacheOverload(t *testing.T) {
 	pg := newFakeLoad("warm", "a", "b", "c")
-	c := newCache(640, nil, newLocalTier(640), pg.load)
+	c := newCache(nil, newLocalTier(640), pg.load)
 	c.waiting.max = 2
 	if _, err := c.resolve("warm", time.Now()); err != nil {
 		t.Fatal(err)
@@ -144,7 +144,7 @@ func TestCacheOverload(t *testing.T) {
 // one is not kept.
 func TestCacheChange(t *testing.T) {
 	pg := newFakeLoad("abc")
-	c := newCache(640, nil, newLocalTier(640), pg.load)
+	c := newCache(nil, newLocalTier(640), pg.load)
 	old, oldDone := make(chan struct{}), make(chan struct{})
 	pg.answer(nil, old)
 	go func() {

@@ -255,7 +255,6 @@ func (c *clickLog) swap() {
 		}
 	}
 	c.settled[half] = used
-	c.settled[1-half] = 0
 	c.number++
 	c.take(half)
 }
@@ -320,13 +319,14 @@ func (c *clickLog) run(stop <-chan struct{}) {
 		}
 		start := time.Now()
 		err := c.flush()
-		timer.Reset(min(max(flushEvery, 10*time.Since(start)), flushPause))
+		pause := min(max(flushEvery, 10*time.Since(start)), flushPause)
 		if err != nil {
-			timer.Reset(probeEvery) // as often as the breaker asks
+			pause = probeEvery // as often as the breaker asks
 			if !failing {
 				c.log.Warn("clicks wait for PostgreSQL", "err", err)
 			}
 		}
+		timer.Reset(pause)
 		failing = err != nil
 		for _, w := range waiting {
 			w <- err

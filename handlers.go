@@ -101,14 +101,14 @@ func (s *Server) adapt(rt route) http.Handler {
 			s.fail(w, &apiError{http.StatusUnauthorized, "unauthorized", "this needs Authorization: Bearer and a valid token", nil})
 			return
 		}
-		if r.ContentLength != 0 { // read before it takes a place: who sends slowly keeps nobody else from writing
-			head, _ := io.ReadAll(io.LimitReader(r.Body, maxBody+1)) // an error comes again with the next read
-			r.Body = struct {
-				io.Reader
-				io.Closer
-			}{io.MultiReader(bytes.NewReader(head), r.Body), r.Body}
-		}
 		if rt.limit != nil {
+			if r.ContentLength != 0 { // read before it takes a place: who sends slowly keeps nobody else from writing
+				head, _ := io.ReadAll(io.LimitReader(r.Body, maxBody+1)) // an error comes again with the next read
+				r.Body = struct {
+					io.Reader
+					io.Closer
+				}{io.MultiReader(bytes.NewReader(head), r.Body), r.Body}
+			}
 			if !rt.limit.enter() {
 				s.fail(w, errOverloaded)
 				return

@@ -176,7 +176,7 @@ func launchApp(t testing.TB, settings ...string) *app {
 		tier = openRedis(cfg.RedisURL, local, store.targets, log)
 	}
 	clicks := newClickLog(cfg.DataDir, cfg.ClickEvents, store.saveClicks, log)
-	s := newServer(cfg, store, newCache(cfg.LocalCache, tier, local, store.target), clicks, log)
+	s := newServer(cfg, store, newCache(tier, local, store.target), clicks, log)
 	ctx, cancel := context.WithCancel(context.Background())
 	stopClicks, clicksDone := make(chan struct{}), make(chan struct{})
 	go func() { clicks.run(stopClicks); close(clicksDone) }()

@@ -150,7 +150,7 @@ func serve(ctx context.Context, cfg Config, log *slog.Logger) error {
 		cfg.BaseURL = "http://" + listener.Addr().String()
 	}
 	clicks := newClickLog(cfg.DataDir, cfg.ClickEvents, store.saveClicks, log)
-	s := newServer(cfg, store, newCache(cfg.LocalCache, tier, local, store.target), clicks, log)
+	s := newServer(cfg, store, newCache(tier, local, store.target), clicks, log)
 	server := &http.Server{
 		Handler:           s,
 		ReadHeaderTimeout: readWithin,

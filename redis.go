@@ -24,8 +24,8 @@ import (
 //	?<token>              a lease: the one reader who may fill it, after reading PostgreSQL, by compare-and-set on the token
 //	!                     a hold: a change is under way or just done; nobody may fill
 //
-// Nobody writes a value but a leased reader and warm, whose lease is a key of its own. All methods work on nil, which is a Redis
-// that nobody asked for: never usable, nothing to hold.
+// Nobody writes a value but a leased reader and warm, whose lease is a key of its own. usable and hold work on nil, which is a
+// Redis that nobody asked for: never usable, nothing to hold.
 type redisTier struct {
 	pool  *redis.Pool
 	local *localTier

@@ -167,7 +167,7 @@ func TestCacheOverRedis(t *testing.T) {
 	pg := newFakeLoad("known")
 	ra, say := testRedisTier(t, server, nil)
 	rb, _ := testRedisTier(t, server, nil)
-	a, b := newCache(640, ra, ra.local, pg.load), newCache(640, rb, rb.local, pg.load)
+	a, b := newCache(ra, ra.local, pg.load), newCache(rb, rb.local, pg.load)
 	// resolve asks c and expects id, after so many loads of PostgreSQL.
 	resolve := func(c *Cache, code string, id, loads int64) {
 		t.Helper()
@@ -264,7 +264,7 @@ func TestRedisDown(t *testing.T) {
 	defer cancel()
 	go r.track(ctx)
 	pg := newFakeLoad("known", "other")
-	c := newCache(640, r, r.local, pg.load)
+	c := newCache(r, r.local, pg.load)
 	if _, err := c.resolve("known", time.Now()); err != nil {
 		t.Fatal(err)
 	}
@@ -345,7 +345,7 @@ func TestNoRedis(t *testing.T) {
 	defer r.pool.Close()
 	r.up.Store(true) // as if it had been there a moment ago
 	pg := newFakeLoad("known")
-	c := newCache(640, r, local, pg.load)
+	c := newCache(r, local, pg.load)
 	if got, err := c.resolve("known", time.Now()); err != nil || got.id != 1 || r.usable() {
 		t.Errorf("resolve = %+v, %v, usable %v", got, err, r.usable())
 	}

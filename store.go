@@ -275,16 +275,14 @@ func (s *Store) createLinks(links []newLink) ([]made, error) {
 		}{l.code, l.url}))
 	}
 	type row struct {
-		n     int
-		known bool
-		made  struct {
-			id      int64
-			created stamp
-		}
+		n       int
+		known   bool
+		id      int64
+		created stamp
 	}
 	rows, err := ask(s, func(ctx context.Context) ([]row, error) {
 		return onConn(ctx, s.db, func(c *sql.Conn) ([]row, error) {
-			return collect(c, func(r *row) []any { return []any{&r.n, &r.known, &r.made.id, &r.made.created} }, `
+			return collect(c, func(r *row) []any { return []any{&r.n, &r.known, &r.id, &r.created} }, `
 			WITH item AS (
 			    SELECT *, user_id = 0 OR EXISTS (SELECT 1 FROM users WHERE users.id = i.user_id) AS known
 			    FROM unnest($1::bigint[], $2::text[], $3::text[], $4::text[], $5::text[], $6::text[]) WITH ORDINALITY
@@ -307,10 +305,10 @@ func (s *Store) createLinks(links []newLink) ([]made, error) {
 		switch m := &results[r.n]; {
 		case !r.known:
 			m.err = errNoUser
-		case r.made.id == 0:
+		case r.id == 0:
 			m.err = errCodeTaken
 		default:
-			m.link = links[r.n].row(r.made.id, r.made.created)
+			m.link = links[r.n].row(r.id, r.created)
 		}
 	}
 	return results, err
