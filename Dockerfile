@@ -6,8 +6,11 @@ WORKDIR /src
 COPY go.mod go.sum ./
 RUN go mod download
 COPY . .
+# The name of the release that is built, if it is one.
+ARG VERSION=
 # CGO_ENABLED=0: no libc to link with in the final image.
-RUN CGO_ENABLED=0 go build -trimpath -ldflags "-s -w" -o /hop . && mkdir /data
+RUN CGO_ENABLED=0 go build -trimpath -ldflags "-s -w -X main.release=$VERSION" -o /hop . && \
+    mkdir /data
 
 FROM gcr.io/distroless/static-debian12:nonroot
 COPY --from=build /hop /hop

@@ -19,9 +19,10 @@ WITH_SERVICES      := scripts/with-services.sh
 WITH_FAST_SERVICES := HOP_PG_OPTS="-c fsync=off -c full_page_writes=off" scripts/with-services.sh
 
 # All files, also those behind build tags; the tagged ones share helpers with the others.
-TAGS := -tags bench,fault
+TAGS := -tags fault,cluster
 
-.PHONY: help run stop build test check coverage load smoke bench growth fault promcheck fuzz lint vuln clean
+.PHONY: help run stop build test check width coverage load smoke bench growth fault cluster engines \
+	promcheck apidoc browser opsdoc fuzz lint vuln clean
 
 help: ## print this
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,16 +38,23 @@ build: ## bin/hop
 
 test: check ## vet, staticcheck, all tests with the race detector, coverage of at least COVERAGE %
 	scripts/services.sh install postgresql redis gcc
-	$(WITH_FAST_SERVICES) go test -race -timeout 20m -coverprofile=coverage.out ./...
+	$(WITH_FAST_SERVICES) go test -race -timeout 35m -coverprofile=coverage.out ./...
 	@$(MAKE) --no-print-directory coverage
 
-check:
+check: width
 	go vet ./...
 	go vet $(TAGS) ./...
 	$(STATICCHECK) $(TAGS) ./...
 
+# A line that is wider than 100 columns is two thoughts.
+width:
+	@test -z "$$(gofmt -l .)" || { gofmt -l .; echo "run gofmt on these"; exit 1; }
+	@! git ls-files '*.go' '*.sql' '*.html' '*.css' 'testdata/rest/*' \
+		| LC_ALL=C.UTF-8 xargs grep -nE '^.{101,}' || { echo "wider than 100 columns"; exit 1; }
+
 coverage:
-	@go tool cover -func=coverage.out | awk -v want=$(COVERAGE) '/^total:/ { got = $$3 + 0 } \
+	@grep -v '^hop/bench/' coverage.out >coverage.hop # programs that measure are not measured
+	@go tool cover -func=coverage.hop | awk -v want=$(COVERAGE) '/^total:/ { got = $$3 + 0 } \
 		END { printf "coverage %.1f %%, at least %s %% wanted\n", got, want; exit got < want }'
 
 load: ## k6 at full load (3 min 30 s, up to 500 users) on a running, seeded hop at BASE_URL
@@ -55,26 +63,44 @@ load: ## k6 at full load (3 min 30 s, up to 500 users) on a running, seeded hop 
 smoke: build ## seed, serve and 20 s of k6, on throw-away services
 	$(WITH_SERVICES) scripts/smoke.sh
 
-bench: ## the measurements in BENCHMARKS (tag bench), with wrk
+bench: ## the measurements in BENCHMARKS, with wrk; BENCH_OLD=COMMIT runs an older hop beside it
 	scripts/services.sh install wrk
-	$(WITH_SERVICES) go test -tags bench -run '^TestBench' -v -timeout 60m .
+	$(WITH_SERVICES) go run ./bench/compare redirects counted open creates
 
 growth: ## the measurements on large data sets
 	scripts/services.sh install wrk
-	$(WITH_SERVICES) go test -tags bench -run '^TestGrowth' -v -timeout 60m .
+	$(WITH_SERVICES) go run ./bench/compare growth flood
 
 fault: ## the failure suite: it starts, stops and kills PostgreSQL, Redis and hop itself
 	scripts/services.sh install
-	COHERENCE_SECONDS=$${COHERENCE_SECONDS:-60} go test -tags fault -run '^TestFault' -v -timeout 60m .
+	CI=true COHERENCE_SECONDS=$${COHERENCE_SECONDS:-60} $(WITH_FAST_SERVICES) \
+		go test -tags fault -run '^(TestFault|TestRollingUpgrade|TestBackup)' -v -timeout 90m .
 
-promcheck: ## /metrics judged by Prometheus's own parser and linter (not in go.mod)
+cluster: ## failovers, a balancer, several hops; CLUSTER=short takes a minute
+	scripts/services.sh install postgresql redis haproxy
+	go test -tags cluster -run '^TestCluster' -v -timeout 30m .
+
+promcheck: ## /metrics and the alert rules judged by Prometheus's own parser, linter and promtool
+	scripts/promrules.sh
 	PROMCHECK='cd scripts/promcheck && go run .' $(WITH_FAST_SERVICES) go test -count=1 -v -run '^TestMetricsValid$$' .
+
+apidoc: ## openapi.json judged by Redocly and Spectral, and live answers by a validator (npm)
+	$(WITH_FAST_SERVICES) scripts/apidoc.sh
+
+browser: build ## the pages in a real Chromium, with axe (npm and Debian's chromium)
+	$(WITH_FAST_SERVICES) scripts/browser.sh
+
+opsdoc: ## docs/operations.md run line by line as root, in an overlay of which nothing stays
+	scripts/opsdoc.sh --overlay
+
+engines: ## hop on PgBouncer, PostgreSQL 14 to 18, other Redis (apt, npm); ENGINES_SHORT=1 takes 5 minutes
+	scripts/engines.sh test
 
 fuzz: ## every fuzz target for FUZZTIME
 	$(WITH_FAST_SERVICES) sh -ec 'list=$$(go test -list "^Fuzz" .); for target in $$(echo "$$list" | grep ^Fuzz); do \
 		go test -run "^$$" -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) .; done'
 
-lint: check ## vet, staticcheck, actionlint
+lint: check ## vet, staticcheck, width, actionlint
 	$(ACTIONLINT)
 
 vuln: ## known vulnerabilities in what we use (needs the network)

@@ -1,366 +1,685 @@
 package main
 
 import (
+	"cmp"
+	"context"
 	"crypto/rand"
-	"encoding/binary"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
-	"math"
-	"runtime"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
-	"unsafe"
-
-	"github.com/lib/pq"
 )
 
-// Clicks are counted off the redirect's path: record writes one slot of a memory-mapped journal (30 ns, no syscall), and one
-// goroutine moves the slots to PostgreSQL every flushEvery, in numbered batches that count exactly once.
+// Clicks are counted off the redirect's path. record writes a click into the process's journal,
+// a mapped file, which takes about 0.1 µs and no system call. One goroutine, run, moves them to
+// PostgreSQL in batches, several times a second.
 //
-// What is lost: nothing on kill -9, however often, and nothing while PostgreSQL is away or dies in a flush. When it is away for
-// more than halfSlots clicks (65 s at 4,000/s), further clicks lose their event rows, and their counts live in memory only.
-// When the machine itself dies, or without a writable DATA_DIR, the clicks since the last flush.
+// Each click counts exactly once, whatever dies. A batch is a run of a journal's numbered clicks,
+// and the transaction that counts it also moves the journal's position in click_journals from the
+// number of the batch's first click to that after its last, or else counts nothing. So a batch
+// whose answer was lost is simply sent again.
+//
+// What is lost:
+//   - in a kill -9, however often: nothing. A later process on the same DATA_DIR counts what is
+//     left, and so does one that is running already, within adoptEvery.
+//   - while PostgreSQL is away: nothing up to journalSlots clicks. Clicks beyond them keep their
+//     count per link and day, but lose their event and referrer, and are in memory only.
+//   - when the machine dies: what the kernel had not written to disk yet, at most 30 s of clicks,
+//     but of these only those not counted yet.
+//   - without a journal (degraded says so) in a kill: what was not counted yet.
+//
+// One thing is not guarded against: a file system that is frozen (fsfreeze, as some backups do) or
+// a disk that hangs. The kernel then stops the goroutine that writes into the map, and with the
+// next garbage collection the whole process, until the disk goes on. prepare keeps redirects from
+// waiting for a disk that is only slow.
 
 const (
-	flushEvery = 100 * time.Millisecond // how long another replica's readers may not see a click; 10 commits/s cost 2 % of a core
-	flushPause = 500 * time.Millisecond // and how long under a load that keeps PostgreSQL busy; longer makes batches that cost memory
-	halfSlots  = 1 << 18                // slots in each half: 16 MiB, touched only as far as an outage fills them
-	slotSize   = 64                     // one cache line: a header word, the link's id, and the referrer's host
-	longestGap = 1 << 14                // blank slots that end a half: more than requests in flight (maxInFlight), each of which may leave one
-	headerSize = 4096                   // one page: who wrote the file, and how far it was counted
-	maxHost    = slotSize - 16          // bytes of a referrer's host; a longer one is cut
-	writtenBit = 1 << 63                // of a slot's header word; below it botBit, the host's length, and unix seconds
-	botBit     = 1 << 62
-	halfBit    = 1 << 63 // of clickLog.next: which half; below it the index of the next free slot
+	// flushEvery is how long other replicas' readers do not see a click. Ten commits a second cost
+	// 2 % of a core.
+	flushEvery = 100 * time.Millisecond
+
+	// flushPause is the same when flushing keeps PostgreSQL busy. Batches of a longer time would
+	// cost memory and save nothing.
+	flushPause = 500 * time.Millisecond
+
+	// flushRetry is the pause after a flush that failed.
+	flushRetry = 500 * time.Millisecond
+
+	// adoptEvery is how often a process looks for journals whose process has died.
+	adoptEvery = 10 * time.Second
+
+	// lastFlush is how long the end of the process waits for its clicks to be counted. What is left
+	// then stays in the journal.
+	lastFlush = 10 * time.Second
+
+	// maxBatch is how many clicks one transaction counts. It takes 0.1 to 0.3 s on a small machine.
+	// Each failure halves it down to minBatch, so that a PostgreSQL that is too slow for a large
+	// transaction is not asked for it for ever.
+	maxBatch = 20_000
+	minBatch = 500
+
+	// maxOverflow bounds the map of clicks that find the journal full: 10 MB.
+	maxOverflow = 100_000
+
+	// maxSyncs is how many readers one flush serves at most; the others wait for the next.
+	maxSyncs = 1 << 16
 )
 
-// clickLog counts clicks. record may be called by any goroutine; the rest belongs to run's.
+// clickLog counts clicks. Any goroutine may call its methods, but only one runs run.
 type clickLog struct {
-	next   atomic.Uint64 // reserves slots; the swap of halves and the last reservation in one are one atomic step
-	halves [2][]byte     // the journal's two halves: writers fill one while the other waits to be counted
-	header []byte        // journal id, boot id, state word: see adopt
-	file   *journalFile  // nil: memory only
-	left   []*clickLog   // what other dead processes left in dir, owned by run's goroutine until it is counted
-	save   func(clickBatch) (bool, error)
-	events bool // write event rows
+	dir    string
+	events bool // counted clicks are rows in events
+	save   func(context.Context, clickBatch) (int64, error)
 	log    *slog.Logger
+	ask    chan chan error // readers who want a flush
 
-	ask chan chan error // readers who want a flush
+	// mu guards what follows, and the writing of own's slots. It is a leaf: nobody waits or does
+	// I/O under it, and record holds it for some 30 ns.
+	mu         sync.Mutex
+	own        *journal // of this process; only run replaces it. Its field counted is guarded too
+	next       int64    // number of own's next click
+	closed     bool     // own's file is another process's now
+	overflow   map[overflowKey]int64
+	overflowed int64 // clicks in overflow, and taken out of it but not counted yet
+	flushed    int64 // clicks counted in PostgreSQL
+	dropped    int64 // clicks lost: damaged in the journal, or beyond maxOverflow
+	database   string
+	foreign    string // another database that took database's place; "" if none
 
-	// Owned by run's goroutine.
-	pending *clickBatch // taken from the passive half and not known to be counted
-	number  uint64      // of the last batch taken
-	settled [2]uint64   // slots below belong to a dead process: a blank one will not be written any more
+	failures atomic.Int64 // flushes that failed
+	rowless  atomic.Int64 // clicks counted without the event they should have
 
-	mu       sync.Mutex             // guards spilled, and a swap against counts; a leaf, taken by record only when a half is full
-	spilled  map[spilledClick]int64 // clicks that found no slot
-	taken    atomic.Int64           // clicks in halves that were swapped out, ever
-	flushed  atomic.Int64           // of these, counted in PostgreSQL
-	dropped  atomic.Int64           // clicks lost: a journal of another boot, or memory only at exit
-	rowless  atomic.Int64           // clicks counted without their event row
-	failures atomic.Int64           // flushes that failed
+	// What follows belongs to the goroutine of run.
+	batchSize int64
+	sums      []clickSum        // of the last batch, reused
+	hosts     map[string]string // the hosts of that batch, each allocated once
+	adopted   time.Time         // when journals of dead processes were last looked for
+	warned    map[string]bool   // files that were complained about
+	leftFor   string            // database of a journal that was found at the start; "" for none
+
+	// prepare was last called when own's next click was preparedFor, and made the pages ready of
+	// those below prepared.
+	prepared    int64
+	preparedFor int64
+
+	// Clicks from overflow are a journal of their own, in memory: they have its id and numbers.
+	overflowID    string
+	overflowNext  int64       // number of the first click that is not counted
+	overflowBatch *clickBatch // taken out of overflow; sent unchanged until it is counted
 }
 
-// spilledClick is what is kept of a click that found no slot.
-type spilledClick struct{ id, day, kind int64 }
-
-// clickBatch is what one flush counts: columns with a row per click, or per spilled sum of clicks.
-type clickBatch struct {
-	journal   string
-	number    uint64
-	half      int
-	clicks    int64 // all of them, bots included
-	rowless   int64
-	ids       pq.Int64Array
-	times     pq.Int64Array // unix seconds
-	counts    pq.Int64Array
-	kinds     pq.Int64Array // withEvent, without, byBot
-	referrers pq.StringArray
+// overflowKey is what is kept of a click that found the journal full.
+type overflowKey struct {
+	linkID int64
+	day    int64 // since 1970
+	bot    bool
 }
 
-const withEvent, without, byBot = 0, 1, 2
+// newClickLog makes a journal in dir, or counts from memory if there can be none. events says
+// whether clicks become rows in events. save counts a batch if the journal stands at b.from in
+// PostgreSQL, and returns where it stands now: b.to if the batch was counted. It must not keep the
+// batch.
+func newClickLog(dir string, events bool, save func(context.Context, clickBatch) (int64, error),
+	log *slog.Logger) *clickLog {
 
-func (b *clickBatch) add(id, at, n, kind int64, referrer string) {
-	b.clicks += n
-	b.ids, b.times, b.counts = append(b.ids, id), append(b.times, at), append(b.counts, n)
-	b.kinds, b.referrers = append(b.kinds, kind), append(b.referrers, referrer)
-}
-
-// newClickLog opens the journal in dir, or counts in memory when that cannot be (an empty dir, a full disk): degraded says so.
-// save counts a batch exactly once, by journal and number.
-func newClickLog(dir string, events bool, save func(clickBatch) (bool, error), log *slog.Logger) *clickLog {
-	const size = headerSize + 2*halfSlots*slotSize
-	files, err := openJournals(dir, size)
-	var all []*clickLog
-	for _, file := range append(files, nil) {
-		c := &clickLog{file: file, save: save, events: events, log: log, ask: make(chan chan error), spilled: map[spilledClick]int64{}}
-		var mem []byte
-		if file != nil {
-			mem = file.mem
-		} else if len(all) == 0 {
-			log.Warn("no click journal: a kill loses the clicks since the last flush", "dir", dir, "err", err)
-			mem = make([]byte, size)
-		} else {
-			break
-		}
-		c.header, c.halves[0], c.halves[1] = mem[:headerSize], mem[headerSize:headerSize+halfSlots*slotSize], mem[headerSize+halfSlots*slotSize:]
-		c.adopt()
-		all = append(all, c)
+	c := &clickLog{
+		dir:          dir,
+		events:       events,
+		save:         save,
+		log:          log,
+		ask:          make(chan chan error),
+		next:         1,
+		overflow:     map[overflowKey]int64{},
+		batchSize:    maxBatch,
+		hosts:        map[string]string{},
+		warned:       map[string]bool{},
+		overflowID:   rand.Text(),
+		overflowNext: 1,
 	}
-	all[0].left = all[1:]
-	return all[0]
+	c.tidy() // first: it may make room on the disk
+	own, err := createJournal(dir)
+	if err != nil {
+		log.Warn("no click journal: a kill loses the clicks since the last flush",
+			"dir", dir, "err", err)
+		own = memoryJournal()
+	}
+	c.own = own
+	return c
 }
 
 // degraded says why clicks do not survive a kill, or "".
 func (c *clickLog) degraded() string {
-	if c.file == nil {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.own.file == nil {
 		return "memory only: clicks since the last flush are lost in a kill"
 	}
 	return ""
 }
 
-// record counts one click on link id at unix second at. referrer is a host or ""; bots count apart. The header word goes last:
-// a slot is either whole or blank, and a click is in the journal before its redirect is answered.
-func (c *clickLog) record(id, at int64, bot bool, referrer string) {
-	v := c.next.Add(1) - 1
-	i := v &^ halfBit
-	if i >= halfSlots {
-		click := spilledClick{id, at / 86400, without}
-		if bot {
-			click.kind = byBot
-		}
-		c.mu.Lock()
-		c.spilled[click]++
-		c.mu.Unlock()
-		return
-	}
-	slot := c.halves[v>>63][i*slotSize:][:slotSize]
-	binary.LittleEndian.PutUint64(slot[8:], uint64(id))
-	n := copy(slot[16:], referrer)
-	word := writtenBit | uint64(n)<<40 | uint64(at)
-	if bot {
-		word |= botBit
-	}
-	wordAt(slot).Store(word)
-}
+// ---- recording ----
 
-// wordAt is the atomic word at the start of b, which must be 8-byte aligned, as all of the journal is.
-func wordAt(b []byte) *atomic.Uint64 { return (*atomic.Uint64)(unsafe.Pointer(&b[0])) }
-
-// The header holds the journal's random id at 8, the boot it was written in at 24, and at 0 the state word: the number of the
-// last batch taken, and in its two low bits which half that batch is (1 or 2), 0 once it is counted and its half is blank.
-
-// adopt takes over what an earlier process left in the journal, or starts a new one. A file of another boot is not trusted: the
-// machine may have died with pages half written.
-func (c *clickLog) adopt() {
-	boot := bootID()
-	var used, written [2]uint64
-	for h, half := range c.halves {
-		if c.header[8] == 0 {
-			break // a new file: do not touch, and so allocate, its pages
-		}
-		for i := uint64(0); i < halfSlots && i < used[h]+longestGap; i++ {
-			if wordAt(half[i*slotSize:]).Load() != 0 {
-				used[h] = i + 1
-				written[h]++
-			}
-		}
-	}
-	if c.header[8] == 0 || string(c.header[24:60]) != boot {
-		if left := written[0] + written[1]; left > 0 {
-			c.dropped.Add(int64(left))
-			c.taken.Add(int64(left))
-			c.log.Error("click journal of another boot discarded", "clicks", left)
-		}
-		clear(c.header)
-		clear(c.halves[0][:used[0]*slotSize])
-		clear(c.halves[1][:used[1]*slotSize])
-		copy(c.header[8:24], rand.Text())
-		copy(c.header[24:60], boot)
-		return
-	}
-	c.settled = used
-	state := wordAt(c.header).Load()
-	c.number = state >> 2
-	switch {
-	case state&3 != 0:
-		c.settled[state&3-1] = halfSlots // it may have been killed half-way through blanking it
-		c.take(int(state&3) - 1)
-	case used[0] > 0 && used[1] > 0: // killed between the swap and the state word
-		c.number++
-		c.take(0)
-	}
-	active := uint64(0)
-	if c.pending == nil && used[0] == 0 || c.pending != nil && c.pending.half == 0 {
-		active = 1
-	}
-	c.next.Store(active<<63 | used[active])
-	c.taken.Add(int64(written[active] - used[active])) // a blank slot is no click
-	if c.pending != nil {
-		c.taken.Add(c.pending.clicks)
-	}
-}
-
-// take makes the pending batch out of a half that nobody writes to any more, under c.number.
-func (c *clickLog) take(half int) {
-	wordAt(c.header).Store(c.number<<2 | uint64(half+1))
-	used := min(c.settled[half], halfSlots)
-	b := &clickBatch{journal: string(c.header[8:24]), number: c.number, half: half, ids: make(pq.Int64Array, 0, used),
-		times: make(pq.Int64Array, 0, used), counts: make(pq.Int64Array, 0, used), kinds: make(pq.Int64Array, 0, used),
-		referrers: make(pq.StringArray, 0, used)}
-	for i := range used {
-		slot := c.halves[half][i*slotSize:][:slotSize]
-		word, kind := wordAt(slot).Load(), int64(withEvent)
-		if word == 0 {
-			continue // its writer died before it answered the click
-		}
-		if !c.events {
-			kind = without
-		}
-		if word&botBit != 0 {
-			kind = byBot
-		}
-		b.add(int64(binary.LittleEndian.Uint64(slot[8:])), int64(word&math.MaxUint32), 1, kind, string(slot[16:16+word>>40&0xff]))
-	}
+// record counts one click on a link at a unix second. referrer is what refererHost returned. The
+// click is in the journal when record returns. It never allocates, unless the journal is full.
+func (c *clickLog) record(linkID, second int64, bot bool, referrer string) {
+	second = min(max(second, firstSecond), lastSecond) // a clock that was never set
 	c.mu.Lock()
-	for click, n := range c.spilled {
-		b.add(click.id, click.day*86400, n, click.kind, "")
-		if c.events && click.kind == without {
-			b.rowless += n
-		}
+	if c.next-c.own.counted < journalSlots && !c.closed {
+		c.own.write(c.next, linkID, second, bot, referrer)
+		c.next++
+	} else {
+		c.recordOverflow(overflowKey{linkID, second / secondsPerDay, bot})
 	}
-	c.spilled = map[spilledClick]int64{}
 	c.mu.Unlock()
-	c.pending = b
 }
 
-// swap lets writers go on in the other half, which is blank, and takes theirs. It waits for the writers that have a slot and
-// have not filled it yet: nanoseconds, unless the scheduler stopped one.
-func (c *clickLog) swap() {
-	c.mu.Lock() // so that counts sees both or neither
-	old := c.next.Load()
-	if old&^halfBit == 0 && len(c.spilled) == 0 {
-		c.mu.Unlock()
+// recordOverflow counts a click in memory. mu must be held.
+func (c *clickLog) recordOverflow(key overflowKey) {
+	n := c.overflow[key]
+	if n == 0 && len(c.overflow) >= maxOverflow {
+		c.dropped++
 		return
 	}
-	old = c.next.Swap(^old & halfBit)
-	c.taken.Add(int64(old &^ halfBit))
-	c.mu.Unlock()
-	half, used := int(old>>63), min(old&^halfBit, halfSlots)
-	for i := c.settled[half]; i < used; i++ {
-		for wordAt(c.halves[half][i*slotSize:]).Load() == 0 {
-			runtime.Gosched()
-		}
-	}
-	c.settled[half] = used
-	c.number++
-	c.take(half)
+	c.overflow[key] = n + 1
+	c.overflowed++
 }
 
-// flush counts what is pending, what was recorded before the call, and what dead processes left.
-func (c *clickLog) flush() error {
-	if err := c.settle(); err != nil {
-		return err
-	}
-	c.swap()
-	if err := c.settle(); err != nil {
-		return err
-	}
-	for len(c.left) > 0 {
-		heritage := c.left[0]
-		if err := heritage.flush(); err != nil {
-			return err
-		}
-		heritage.file.close()
-		c.taken.Add(heritage.taken.Load())
-		c.flushed.Add(heritage.flushed.Load())
-		c.dropped.Add(heritage.dropped.Load())
-		c.left = c.left[1:]
-	}
-	return nil
+// counts are totals since the start for /metrics: recorded = flushed + dropped + pending. Clicks
+// that dead processes left are in recorded when they are counted.
+func (c *clickLog) counts() (recorded, flushed, dropped, pending int64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	pending = c.next - c.own.counted + c.overflowed
+	return c.flushed + c.dropped + pending, c.flushed, c.dropped, pending
 }
 
-// settle counts the pending batch, if there is one, and blanks its half.
-func (c *clickLog) settle() error {
-	b := c.pending
-	if b == nil {
-		return nil
-	}
-	if _, err := c.save(*b); err != nil {
-		c.failures.Add(1)
-		return err
-	}
-	clear(c.halves[b.half][:c.settled[b.half]*slotSize])
-	c.settled[b.half] = 0
-	wordAt(c.header).Store(c.number << 2) // only now: until here a restart asks again under the same number, and counts nothing
-	c.pending = nil
-	c.flushed.Add(b.clicks)
-	c.rowless.Add(b.rowless)
-	return nil
+// pendingClicks is how many recorded clicks are not known to be in PostgreSQL yet.
+func (c *clickLog) pendingClicks() int64 {
+	_, _, _, pending := c.counts()
+	return pending
 }
 
-// run flushes every flushEvery, and for readers at once, until stop is closed; then once more. The pause grows with what a flush
-// takes, so that flushing is a tenth of PostgreSQL's time at most, up to flushPause; a larger batch costs less per click.
-func (c *clickLog) run(stop <-chan struct{}) {
-	var failing bool
-	for timer := time.NewTimer(flushEvery); ; {
-		var waiting []chan error
+// ---- flushing ----
+
+// belongsTo says which database save counts in. Until it is called, clicks that dead processes left
+// are not counted. If it names another database later, nothing is counted until the first is back:
+// the same link ids are other links there. databaseID is visible ASCII, at most 64 bytes.
+func (c *clickLog) belongsTo(databaseID string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.database == "" {
+		c.database = databaseID
+	}
+	c.foreign = ""
+	if databaseID != c.database {
+		c.foreign = databaseID
+	}
+}
+
+// run flushes every flushEvery, and at once for readers, until ctx is done; then once more. The
+// pause grows with what a flush takes, up to flushPause, so that flushing is a tenth of
+// PostgreSQL's time at most.
+func (c *clickLog) run(ctx context.Context) {
+	// The end of ctx does not end a flush that is under way, but limits it.
+	work, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	defer cancel()
+	context.AfterFunc(ctx, func() { time.AfterFunc(lastFlush, cancel) })
+
+	timer := time.NewTimer(flushEvery)
+	defer timer.Stop()
+	failing := false
+	for {
+		var readers []chan error
 		select {
-		case <-timer.C:
-		case w := <-c.ask:
-			waiting = drain(c.ask, w, 1<<16) // one flush serves all who asked before it
-		case <-stop:
-			if err := c.flush(); err != nil {
-				c.log.Error("clicks left unflushed", "clicks", c.pendingClicks(), "err", err)
+		case <-ctx.Done():
+			if err := c.flush(work); err != nil {
+				c.log.Error("clicks are left uncounted", "clicks", c.pendingClicks(),
+					"journal", c.own.name(), "err", err)
 			}
 			return
+		case <-timer.C:
+		case first := <-c.ask:
+			readers = takeQueued(c.ask, first, maxSyncs)
 		}
 		start := time.Now()
-		err := c.flush()
+		err := c.flush(work)
 		pause := min(max(flushEvery, 10*time.Since(start)), flushPause)
 		if err != nil {
-			pause = probeEvery // as often as the breaker asks
-			if !failing {
-				c.log.Warn("clicks wait for PostgreSQL", "err", err)
-			}
+			pause = flushRetry
 		}
-		timer.Reset(pause)
+		if err != nil && !failing {
+			c.log.Warn("clicks wait to be counted", "clicks", c.pendingClicks(), "err", err)
+		}
+		if err == nil && failing {
+			c.log.Info("clicks are counted again")
+		}
 		failing = err != nil
-		for _, w := range waiting {
-			w <- err
+		c.prepare()
+		timer.Reset(pause)
+		for _, reader := range readers {
+			reader <- err
 		}
 	}
 }
 
-// sync returns once every click recorded before the call is in PostgreSQL, or with an error after answerWithin.
-func (c *clickLog) sync() error {
-	done, timeout := make(chan error, 1), time.After(answerWithin)
+// sync returns once every click recorded before the call is counted. It waits until ctx is done at
+// most, which should have a deadline. All errors are errUnavailable. Readers who wait at the same
+// time share a flush.
+func (c *clickLog) sync(ctx context.Context) error {
+	done := make(chan error, 1)
 	select {
 	case c.ask <- done:
-	case <-timeout:
-		return fmt.Errorf("%w: a flush takes long", errUnavailable)
+	case <-ctx.Done():
+		return fmt.Errorf("%w: a flush of clicks takes long", errUnavailable)
 	}
 	select {
 	case err := <-done:
 		if err != nil {
-			err = errors.Join(errUnavailable, err)
+			return errors.Join(errUnavailable, err)
 		}
-		return err
-	case <-timeout:
-		return fmt.Errorf("%w: a flush takes long", errUnavailable)
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("%w: a flush of clicks takes long", errUnavailable)
 	}
 }
 
-// counts are the totals for /metrics: recorded = flushed + dropped + pending, clicks under way apart.
-func (c *clickLog) counts() (recorded, flushed, dropped, pending int64) {
+// close lets go of the journal when run has ended and no request is left: it removes the file if
+// all its clicks are counted, and otherwise leaves it to the next process.
+func (c *clickLog) close() {
 	c.mu.Lock()
-	defer c.mu.Unlock()
-	flushed, dropped = c.flushed.Load(), c.dropped.Load()
-	recorded = c.taken.Load() + int64(c.next.Load()&^halfBit)
-	return recorded, flushed, dropped, recorded - flushed - dropped
+	again := c.closed
+	c.closed = true
+	done := c.own.counted == c.next
+	c.mu.Unlock()
+	if again || c.own.file == nil {
+		return
+	}
+	if done {
+		c.own.remove()
+	} else {
+		c.own.close()
+	}
 }
 
-// pendingClicks is how many recorded clicks are not in PostgreSQL yet.
-func (c *clickLog) pendingClicks() int64 { _, _, _, pending := c.counts(); return pending }
+// flush counts every click recorded before the call, and now and then what dead processes left.
+func (c *clickLog) flush(ctx context.Context) error {
+	err := c.flushAll(ctx)
+	if err != nil {
+		c.failures.Add(1)
+		c.batchSize = max(c.batchSize/2, minBatch)
+	}
+	return err
+}
+
+// flushAll is flush without its bookkeeping of failures.
+func (c *clickLog) flushAll(ctx context.Context) error {
+	c.mu.Lock()
+	next := c.next
+	database := c.database
+	foreign := c.foreign
+	c.mu.Unlock()
+	if foreign != "" {
+		return fmt.Errorf("the clicks belong to database %s, and this is %s: restart hop if that "+
+			"is meant", database, foreign)
+	}
+	if c.own.database != database {
+		if err := c.own.setDatabase(database); err != nil {
+			c.warnOnce(c.own.name(), "the click journal's header cannot be written", "err", err)
+		}
+	}
+	if err := c.flushJournal(ctx, c.own, next); err != nil {
+		return err
+	}
+	if err := c.flushOverflow(ctx); err != nil {
+		return err
+	}
+	if database == "" || time.Since(c.adopted) < adoptEvery {
+		return nil
+	}
+	if err := c.adopt(ctx, database); err != nil {
+		return err
+	}
+	c.adopted = time.Now()
+	c.leaveMemory()
+	return nil
+}
+
+// leaveMemory goes on in a file, if the process could not make one at its start: what dead
+// processes left is counted by now, and its room on the disk is free. All of the journal in memory
+// must be counted; else it is tried again later.
+func (c *clickLog) leaveMemory() {
+	if c.own.file != nil || c.dir == "" {
+		return
+	}
+	own, err := createJournal(c.dir)
+	if err != nil {
+		return
+	}
+	c.mu.Lock()
+	isCounted := c.next == c.own.counted && !c.closed
+	if isCounted {
+		c.own = own
+		c.next = 1
+		c.prepared = 0
+		c.preparedFor = 0
+	}
+	c.mu.Unlock()
+	if !isCounted {
+		own.remove()
+		return
+	}
+	c.log.Info("clicks are kept in a journal again", "file", own.name())
+}
+
+// flushJournal counts the clicks of a journal, from where it is counted up to number next.
+func (c *clickLog) flushJournal(ctx context.Context, j *journal, next int64) error {
+	for j.counted < next {
+		batch, damaged, err := c.takeBatch(j, min(j.counted+c.batchSize, next))
+		if err != nil {
+			return err
+		}
+		position, err := c.save(ctx, batch)
+		if err != nil {
+			return err
+		}
+		if position != batch.to {
+			damaged = 0 // they were dropped by whoever counted the batch
+		}
+		if err := c.moveOn(j, batch, position, next, damaged); err != nil {
+			return err
+		}
+		c.batchSize = min(2*c.batchSize, maxBatch)
+	}
+	return nil
+}
+
+// moveOn takes PostgreSQL's word for how far a journal is counted. position is the answer to batch,
+// next the number after the journal's last click that we know, damaged how many of the batch's
+// clicks were lost.
+//
+// Since only one process ever wrote the journal, a position beyond batch.from is always right, even
+// if we never sent a batch that far: a process sent it and died before it noted so, the machine
+// died and the kernel had not written the note, or the file was copied and the copy is counted too.
+// All of these counted the very clicks that we have. A copy may also know fewer clicks than the
+// original.
+//
+// A position that is not beyond batch.from was lost by PostgreSQL: a backup was restored, or a
+// standby promoted that lacked the last commits. And one beyond the clicks that this process itself
+// wrote comes from a twin with our memory, such as a machine started twice from one snapshot. Then
+// the journal goes on under a new id, with all clicks that are not counted.
+func (c *clickLog) moveOn(j *journal, batch clickBatch, position, next, damaged int64) error {
+	isTwin := j == c.own && position > c.written()
+	if position <= batch.from || isTwin {
+		id := j.id
+		if err := j.renew(); err != nil {
+			return err
+		}
+		c.log.Error("PostgreSQL knows the click journal at a place where it never was: a restored "+
+			"database or a copied machine. Its clicks are counted under a new id",
+			"journal", j.name(), "id", id, "known", position, "counted", batch.from, "new", j.id)
+		return fmt.Errorf("click journal %s was at %d, not at %d", id, position, batch.from)
+	}
+	position = min(position, next)
+	if damaged > 0 {
+		c.log.Error("damaged clicks dropped", "journal", j.name(), "clicks", damaged)
+	}
+	// In the file first: once counted has moved, record writes over these slots. If the note cannot
+	// be written, the next process hears from PostgreSQL where the journal is.
+	if err := j.setCounted(position); err != nil {
+		c.warnOnce(j.name(), "the click journal's header cannot be written", "err", err)
+	}
+	c.mu.Lock()
+	c.flushed += position - batch.from - damaged
+	c.dropped += damaged
+	j.counted = position
+	c.mu.Unlock()
+	return nil
+}
+
+// prepare makes the pages ready that the next clicks go to, twice as many as since the last call,
+// so that record does not wait for the file system to do it.
+func (c *clickLog) prepare() {
+	next := c.written()
+	ahead := 2 * max(next-c.preparedFor, 64)
+	c.own.prepare(max(c.prepared, next), next+ahead)
+	c.prepared = max(c.prepared, next+ahead)
+	c.preparedFor = next
+}
+
+// written is the number of own's next click.
+func (c *clickLog) written() int64 {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.next
+}
+
+// takeBatch makes a batch of a journal's clicks, from where it is counted up to number to. Equal
+// clicks become one sum, and the sums are sorted by link, so that all replicas lock rows in the
+// same order. damaged is how many slots hold no valid click; the batch goes without them.
+func (c *clickLog) takeBatch(j *journal, to int64) (batch clickBatch, damaged int64, err error) {
+	c.sums = c.sums[:0]
+	clear(c.hosts)
+	var buf [slotSize]byte
+	for n := j.counted; n < to; n++ {
+		slot, err := j.slot(n, &buf)
+		if err != nil {
+			return clickBatch{}, 0, err
+		}
+		click, host, ok := readSlot(slot, n)
+		if !ok {
+			damaged++
+			continue
+		}
+		click.referrer = c.hostText(host)
+		click.noEvent = !c.events
+		c.sums = append(c.sums, click)
+	}
+	slices.SortFunc(c.sums, compareClicks)
+	c.sums = mergeEqual(c.sums)
+	return clickBatch{journal: j.id, from: j.counted, to: to, sums: c.sums}, damaged, nil
+}
+
+// hostText is host as a string, allocated once per batch.
+func (c *clickLog) hostText(host []byte) string {
+	if len(host) == 0 {
+		return ""
+	}
+	text, ok := c.hosts[string(host)]
+	if !ok {
+		text = string(host)
+		c.hosts[text] = text
+	}
+	return text
+}
+
+// compareClicks orders clicks by link, second, kind and referrer.
+func compareClicks(a, b clickSum) int {
+	if a.linkID != b.linkID {
+		return cmp.Compare(a.linkID, b.linkID)
+	}
+	if a.second != b.second {
+		return cmp.Compare(a.second, b.second)
+	}
+	if a.bot != b.bot {
+		if b.bot {
+			return -1
+		}
+		return 1
+	}
+	return cmp.Compare(a.referrer, b.referrer)
+}
+
+// mergeEqual adds up neighbours that are equal but for their count, in place.
+func mergeEqual(sums []clickSum) []clickSum {
+	merged := sums[:0]
+	for _, click := range sums {
+		last := len(merged) - 1
+		if last >= 0 && compareClicks(merged[last], click) == 0 {
+			merged[last].count += click.count
+		} else {
+			merged = append(merged, click)
+		}
+	}
+	return merged
+}
+
+// flushOverflow counts the clicks that found the journal full.
+func (c *clickLog) flushOverflow(ctx context.Context) error {
+	for {
+		if c.overflowBatch == nil {
+			c.overflowBatch = c.takeOverflow()
+		}
+		batch := c.overflowBatch
+		if batch == nil {
+			return nil
+		}
+		position, err := c.save(ctx, *batch)
+		if err != nil {
+			return err
+		}
+		if position != batch.to { // a restored database or a twin, as in moveOn
+			c.overflowID = rand.Text()
+			batch.journal = c.overflowID
+			return fmt.Errorf("overflowed clicks are at %d, not at %d", position, batch.from)
+		}
+		n := batch.to - batch.from
+		c.mu.Lock()
+		c.overflowed -= n
+		c.flushed += n
+		c.mu.Unlock()
+		if c.events {
+			c.rowless.Add(n)
+		}
+		c.overflowNext = batch.to
+		c.overflowBatch = nil
+	}
+}
+
+// takeOverflow takes up to maxBatch sums out of overflow, or returns nil if it is empty.
+func (c *clickLog) takeOverflow() *clickBatch {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if len(c.overflow) == 0 {
+		return nil
+	}
+	batch := &clickBatch{journal: c.overflowID, from: c.overflowNext, to: c.overflowNext}
+	for key, n := range c.overflow {
+		batch.sums = append(batch.sums, clickSum{
+			linkID:  key.linkID,
+			second:  key.day * secondsPerDay,
+			count:   n,
+			bot:     key.bot,
+			noEvent: true,
+		})
+		batch.to += n
+		delete(c.overflow, key)
+		if len(batch.sums) == maxBatch {
+			break
+		}
+	}
+	slices.SortFunc(batch.sums, compareClicks)
+	return batch
+}
+
+// ---- what dead processes left ----
+
+// tidy frees the disk space of journals that dead processes left, as far as they do not use it, and
+// says if there are clicks that only an old release can count.
+func (c *clickLog) tidy() {
+	if c.dir == "" {
+		return
+	}
+	for n := range maxJournals {
+		if old := oldJournalPath(c.dir, n); holdsOldClicks(old) {
+			c.log.Warn("an older release left clicks that are not counted: start that release on "+
+				"this DATA_DIR once, or delete the file", "file", old)
+		}
+		c.visit(n, func(j *journal) error {
+			c.leftFor = cmp.Or(j.database, c.leftFor)
+			next, err := j.next()
+			if err != nil {
+				return err
+			}
+			if next == j.counted {
+				j.remove()
+				return nil
+			}
+			return j.trim(next)
+		})
+	}
+}
+
+// adopt counts the clicks that dead processes left in dir, and removes their journals.
+func (c *clickLog) adopt(ctx context.Context, database string) error {
+	if c.dir == "" {
+		return nil
+	}
+	for n := range maxJournals {
+		err := c.visit(n, func(j *journal) error {
+			if j.database != "" && j.database != database {
+				c.warnOnce(j.name(), "a click journal belongs to another database: it stays",
+					"file", j.name(), "database", j.database)
+				return nil
+			}
+			return c.inherit(ctx, j)
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// inherit counts what a journal holds and removes it.
+func (c *clickLog) inherit(ctx context.Context, j *journal) error {
+	next, err := j.next()
+	if err != nil {
+		return err
+	}
+	left := next - j.counted
+	if err := c.flushJournal(ctx, j, next); err != nil {
+		return err
+	}
+	j.remove()
+	if left > 0 {
+		c.log.Info("counted what a dead process left", "file", j.name(), "clicks", left)
+	}
+	return nil
+}
+
+// visit opens journal n if a dead process left it, and closes it after use. It returns the errors
+// of use that come from PostgreSQL. A file that cannot be read is complained about, once, and stays
+// as it is.
+func (c *clickLog) visit(n int, use func(*journal) error) error {
+	path := journalPath(c.dir, n)
+	j, err := openLeftJournal(path)
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, errJournalHeld) {
+		return nil
+	}
+	if err != nil {
+		c.warnOnce(path, "a file of clicks cannot be read", "file", path, "err", err)
+		return nil
+	}
+	defer j.close()
+	if j.short() {
+		c.warnOnce(path, "a click journal has lost its end, and maybe clicks", "file", path)
+	}
+	err = use(j)
+	if _, isFileError := errors.AsType[*fs.PathError](err); isFileError {
+		c.warnOnce(path, "a file of clicks cannot be read", "file", path, "err", err)
+		return nil
+	}
+	return err
+}
+
+// warnOnce logs a warning, once per file.
+func (c *clickLog) warnOnce(path, message string, args ...any) {
+	if !c.warned[path] {
+		c.warned[path] = true
+		c.log.Warn(message, args...)
+	}
+}

@@ -4,28 +4,27 @@ import "net/http"
 
 // Events: what happened to links, and what clients report.
 
-// handleListEvents lists events by url_id, user_id or event_type, every redirect answered before it included.
+// handleListEvents lists events by link, user or type. Every redirect that was answered before is
+// among them.
 func (s *Server) handleListEvents(w http.ResponseWriter, r *http.Request) error {
 	q := newQuery(r)
 	p := q.page()
-	var f filter
-	q.filterInt(&f, "url_id")
-	q.filterInt(&f, "user_id")
-	if q.values.Has("event_type") {
-		kind := q.values.Get("event_type")
-		if err := checkName(kind); err != nil {
-			q.refuse("event_type", err.Error())
-		}
-		f.and("event_type = ?", kind)
+	filter := eventFilter{
+		urlID:     q.id("url_id"),
+		userID:    q.id("user_id"),
+		eventType: q.text("event_type", checkName),
 	}
 	if err := q.err(); err != nil {
 		return err
 	}
-	if err := s.clicks.sync(); err != nil {
+	if err := s.countClicks(r.Context()); err != nil {
 		return err
 	}
-	events, err := list(s.store, "events", eventCols, f, p, eventDest)
-	return writeList(w, r, events, p, err, func(e event) int64 { return e.ID })
+	events, err := s.store.listEvents(r.Context(), filter, p)
+	if err != nil {
+		return err
+	}
+	return writeList(s, w, r, events)
 }
 
 // handleCreateEvent logs what a client reports of a link.
@@ -34,11 +33,16 @@ func (s *Server) handleCreateEvent(w http.ResponseWriter, r *http.Request) error
 	if err != nil {
 		return err
 	}
-	kind, details := f.text("event_type", true, checkName), f.object("details")
-	urlID, userID := f.id("url_id", true), f.id("user_id", false)
+	eventType := f.text("event_type", true, checkName)
+	details := f.object("details")
+	urlID := f.id("url_id", true)
+	userID := f.id("user_id", false)
 	if err := f.err(); err != nil {
 		return err
 	}
-	e, err := s.store.createEvent(urlID, userID, kind, details)
-	return respond(w, http.StatusCreated, e, err)
+	e, err := s.store.createEvent(r.Context(), urlID, userID, eventType, string(details))
+	if err != nil {
+		return err
+	}
+	return writeJSON(w, http.StatusCreated, e)
 }

@@ -2,4 +2,7 @@
 
 package main
 
-func init() { fullLength = true }
+// `make fault` asks for the full length of each fault.
+func init() {
+	fullLength = true
+}

@@ -2,14 +2,9 @@ package main
 
 import (
 	"bytes"
-	"cmp"
-	"crypto/rand"
 	"crypto/sha256"
 	"crypto/subtle"
-	_ "embed"
-	"encoding/json"
 	"errors"
-	"io"
 	"log/slog"
 	"net/http"
 	"strings"
@@ -18,137 +13,157 @@ import (
 	"time"
 )
 
-// Server answers HTTP. Its routes are the API's table of contents, handleRedirect is what the rest exists for.
+// Server answers HTTP. Here is what surrounds every handler, and the redirect, for which the rest
+// exists. The table of all routes is in routes.go.
 type Server struct {
 	cfg    Config
 	store  *Store
 	cache  *Cache
 	clicks *clickLog
 	log    *slog.Logger
+	port   *sharedPort // nil where somebody else listens
 
 	mux     *http.ServeMux
 	cross   *http.CrossOriginProtection
 	rules   targetRules
 	metrics metrics
-	queue   chan *creation
+	creates chan *creation // links on their way to the database
 
-	inflight, creates, reads limiter     // all requests; changes; stats and lists: redirects go on while these are full
-	ready, draining          atomic.Bool // may balancers send requests?
+	inflight limiter     // requests being answered
+	unread   limiter     // bytes of lists that their clients have not read yet
+	ready    atomic.Bool // the caches are warm: balancers may send requests
+	draining atomic.Bool // the process is about to end: balancers should stop
 }
 
-// handler answers a request or returns why not; failures are written in one place, by fail.
+// creation is a link on its way through the queue.
+type creation struct {
+	link newLink
+	done chan createResult
+}
+
+// maxQueued is how many creates may wait: 32 already saturate PostgreSQL's commits.
+const maxQueued = 256
+
+// handler answers a request, or returns why not. Errors become answers in one place, fail.
 type handler func(http.ResponseWriter, *http.Request) error
 
-// route is one line of the API. A nil limit is for what costs next to nothing, open needs no API_TOKEN.
+// access is who may use a route when tokens are set.
+type access int
+
+const (
+	public  access = iota // everybody
+	reading               // holders of an API_TOKEN or a READ_TOKEN
+	writing               // holders of an API_TOKEN
+)
+
+// route is one line of the API.
 type route struct {
 	pattern string
-	limit   *limiter
-	open    bool
+	access  access
 	handle  handler
 }
 
-func (s *Server) routes() []route {
-	return []route{
-		{"GET /{code}", nil, true, s.handleRedirect},
-		{"GET /urls/{code}/redirect", nil, true, s.handleRedirect},
-		{"POST /shorten", &s.creates, false, s.handleShorten},
-		{"POST /shorten/bulk", &s.creates, false, s.handleBulk},
-		{"GET /stats/{code}", &s.reads, false, s.handleStats},
-		{"GET /users", &s.reads, false, s.handleListUsers},
-		{"POST /users", &s.creates, false, s.handleCreateUser},
-		{"POST /users/bulk", &s.creates, false, s.handleBulkUsers},
-		{"GET /users/{id}", &s.reads, false, s.handleGetUser},
-		{"PUT /users/{id}", &s.creates, false, s.handleUpdateUser},
-		{"DELETE /users/{id}", &s.creates, false, s.handleDeleteUser},
-		{"GET /urls", &s.reads, false, s.handleListLinks},
-		{"POST /urls", &s.creates, false, s.handleCreateLink},
-		{"POST /urls/bulk", &s.creates, false, s.handleBulk},
-		{"GET /urls/{id}", &s.reads, false, s.handleGetLink},
-		{"PUT /urls/{id}", &s.creates, false, s.handleUpdateLink},
-		{"PATCH /urls/{id}", &s.creates, false, s.handleUpdateLink},
-		{"DELETE /urls/{id}", &s.creates, false, s.handleDeleteLink},
-		{"GET /events", &s.reads, false, s.handleListEvents},
-		{"POST /events", &s.creates, false, s.handleCreateEvent},
-		{"GET /health", nil, true, s.handleHealth},
-		{"GET /health/live", nil, true, s.handleLive},
-		{"GET /metrics", nil, false, s.handleMetrics},
-		{"GET /openapi.yaml", nil, true, s.handleOpenAPI},
-	}
-}
-
-// newServer wires the routes. It is not ready until told.
-func newServer(cfg Config, store *Store, cache *Cache, clicks *clickLog, log *slog.Logger) *Server {
-	s := &Server{cfg: cfg, store: store, cache: cache, clicks: clicks, log: log, mux: http.NewServeMux(),
-		cross: http.NewCrossOriginProtection(), rules: cfg.rules(), queue: make(chan *creation, maxCreates)}
-	s.inflight.max, s.creates.max, s.reads.max = int64(cfg.MaxInFlight), maxCreates, maxReads
-	for _, rt := range s.routes() {
-		s.mux.Handle(rt.pattern, s.adapt(rt))
-	}
-	go s.createQueued()
-	return s
-}
-
-const (
-	maxCreates = 256 // changes under way: 32 already saturate PostgreSQL's commits
-	maxReads   = 128 // stats and lists under way: each may cost a flush and a thousand rows
-)
-
-// adapt makes a route's handler an http.Handler: who may, how many at once, and what a failure looks like.
+// adapt makes a route's handler an http.Handler: who may use it, and what a failure looks like.
 func (s *Server) adapt(rt route) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if !rt.open && !s.authorized(r) {
-			w.Header().Set("WWW-Authenticate", `Bearer realm="hop"`)
-			s.fail(w, &apiError{http.StatusUnauthorized, "unauthorized", "this needs Authorization: Bearer and a valid token", nil})
-			return
+		err := s.authorize(rt.access, r)
+		if err == nil {
+			err = rt.handle(w, r)
 		}
-		if rt.limit != nil {
-			if r.ContentLength != 0 { // read before it takes a place: who sends slowly keeps nobody else from writing
-				head, _ := io.ReadAll(io.LimitReader(r.Body, maxBody+1)) // an error comes again with the next read
-				r.Body = struct {
-					io.Reader
-					io.Closer
-				}{io.MultiReader(bytes.NewReader(head), r.Body), r.Body}
-			}
-			if !rt.limit.enter() {
-				s.fail(w, errOverloaded)
-				return
-			}
-			defer rt.limit.leave()
-		}
-		if err := rt.handle(w, r); err != nil {
+		if err != nil {
 			s.fail(w, err)
 		}
 	})
 }
 
-// authorized checks the API token, if one is set. Hashes are compared, so that the time taken tells nothing.
-func (s *Server) authorized(r *http.Request) bool {
-	given := sha256.Sum256([]byte(strings.TrimPrefix(r.Header.Get("Authorization"), "Bearer ")))
-	ok := len(s.cfg.APITokens) == 0
-	for _, token := range s.cfg.APITokens {
-		want := sha256.Sum256([]byte(token))
-		ok = subtle.ConstantTimeCompare(given[:], want[:]) == 1 || ok
+// ---- who may ----
+
+var errUnauthorized = &apiError{
+	status:  http.StatusUnauthorized,
+	Code:    "unauthorized",
+	Message: "this needs Authorization: Bearer and a valid token",
+}
+
+// authorize checks the token of a request, if the route needs one and one is set.
+func (s *Server) authorize(who access, r *http.Request) error {
+	if who == public || s.cfg.Open() {
+		return nil
 	}
-	return ok
+	given := requestToken(r)
+	if isOneOf(s.cfg.APITokens, given) {
+		return nil
+	}
+	if who == reading && isOneOf(s.cfg.ReadTokens, given) {
+		return nil
+	}
+	return errUnauthorized
+}
+
+// requestToken is the token that a request brings: as a bearer, or as the password of the prompt
+// that browsers show, with any name.
+func requestToken(r *http.Request) string {
+	if _, password, ok := r.BasicAuth(); ok {
+		return password
+	}
+	return bearerToken(r.Header.Get("Authorization"))
+}
+
+// bearsToken says whether a request brings an API_TOKEN in a way in which no browser sends one by
+// itself.
+func (s *Server) bearsToken(r *http.Request) bool {
+	return isOneOf(s.cfg.APITokens, bearerToken(r.Header.Get("Authorization")))
+}
+
+// bearerToken is the token of an Authorization header (RFC 9110 section 11.1: the scheme in any
+// case, then blanks), or "".
+func bearerToken(header string) string {
+	scheme, token, found := strings.Cut(header, " ")
+	if !found || !strings.EqualFold(scheme, "bearer") {
+		return ""
+	}
+	return strings.Trim(token, " ")
+}
+
+// isOneOf says whether given is one of tokens. Hashes are compared, so that the time it takes tells
+// nothing about them.
+func isOneOf(tokens []string, given string) bool {
+	hash := sha256.Sum256([]byte(given))
+	found := 0
+	for _, token := range tokens {
+		want := sha256.Sum256([]byte(token))
+		found |= subtle.ConstantTimeCompare(hash[:], want[:])
+	}
+	return found == 1
 }
 
 // ---- redirects ----
 
-// Headers of every redirect, made once: the header map is given these slices and nothing is allocated.
+// Headers of every redirect, made once: the header map is given these slices, and nothing is
+// allocated.
 var (
-	noStore    = []string{"private, max-age=0, no-store"} // a cached redirect would be neither counted nor taken down
+	noStore    = []string{"private, max-age=0, no-store"} // a stored one would not be counted
 	noIndex    = []string{"noindex"}
 	referrerTo = []string{"strict-origin-when-cross-origin"}
 	closing    = []string{"close"}
 )
 
-// handleRedirect answers GET and HEAD of a short code. The click is in the journal before the answer is on the wire.
+// handleRedirect answers GET and HEAD of a short code.
 func (s *Server) handleRedirect(w http.ResponseWriter, r *http.Request) error {
-	code, now := r.PathValue("code"), w.(*response).start
+	return s.redirect(w, r, r.PathValue("code"))
+}
+
+// redirect sends the client where code leads. The click is in the journal before the answer is on
+// the wire.
+func (s *Server) redirect(w http.ResponseWriter, r *http.Request, code string) error {
 	if !validCode(code) {
-		return errNotFound
+		clean := trimCode(code) // links copied out of running text end in commas and brackets
+		if !validCode(clean) || clean+"+" == code {
+			return errNotFound // code+ is a page
+		}
+		code = clean
 	}
-	t, err := s.cache.resolve(code, now)
+	now := w.(*answer).start
+	t, err := s.cache.resolve(r.Context(), code, now)
 	if err != nil {
 		return err
 	}
@@ -159,106 +174,17 @@ func (s *Server) handleRedirect(w http.ResponseWriter, r *http.Request) error {
 		s.clicks.record(t.id, now.Unix(), isBot(r.Header), refererHost(r.Header))
 	}
 	h := w.Header()
-	h["Location"], h["Cache-Control"], h["X-Robots-Tag"], h["Referrer-Policy"] = t.location, noStore, noIndex, referrerTo
+	h["Location"] = t.location
+	h["Cache-Control"] = noStore
+	h["X-Robots-Tag"] = noIndex
+	h["Referrer-Policy"] = referrerTo
 	w.WriteHeader(http.StatusFound)
 	return nil
 }
 
-// isBot says whether a request names itself a known crawler, preview fetcher or prefetcher: none of them is a person's click.
-func isBot(h http.Header) bool {
-	if v := h["Sec-Purpose"]; len(v) > 0 && strings.HasPrefix(v[0], "prefetch") {
-		return true
-	}
-	v := h["User-Agent"]
-	if len(v) == 0 {
-		return false
-	}
-	for _, word := range [...]string{"bot", "Bot", "crawl", "pider", "facebookexternalhit", "Slurp", "Preview"} {
-		if strings.Contains(v[0], word) {
-			return true
-		}
-	}
-	return false
-}
-
-// refererHost is the host a request's Referer names, or "" for none or one with unusual bytes: it goes into JSON unescaped.
-func refererHost(h http.Header) string {
-	v := h["Referer"]
-	if len(v) == 0 {
-		return ""
-	}
-	_, host, _ := strings.Cut(v[0], "://")
-	if end := strings.IndexAny(host, "/?#"); end >= 0 {
-		host = host[:end]
-	}
-	for i := range len(host) {
-		if c := host[i]; !('0' <= c && c <= '9' || 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || strings.IndexByte("-.:[]_", c) >= 0) {
-			return ""
-		}
-	}
-	return host[:min(len(host), maxHost)]
-}
-
-// ---- stats, health, pages ----
-
-// handleStats counts what was clicked before it looks.
-func (s *Server) handleStats(w http.ResponseWriter, r *http.Request) error {
-	code := r.PathValue("code")
-	if !validCode(code) {
-		return errNotFound
-	}
-	if err := s.clicks.sync(); err != nil {
-		return err
-	}
-	st, err := s.store.stats(code)
-	return respond(w, http.StatusOK, st, err)
-}
-
-// peerHealth is the last known state of a dependency: up, down or disabled.
-type peerHealth struct {
-	Status    string  `json:"status"`
-	LatencyMS float64 `json:"latency_ms"`
-}
-
-func peer(up bool, latency int64) peerHealth {
-	if up {
-		return peerHealth{"up", float64(latency/1000) / 1000}
-	}
-	return peerHealth{"down", 0}
-}
-
-// handleHealth answers from memory; probes run in the background. ok means that links are served.
-func (s *Server) handleHealth(w http.ResponseWriter, _ *http.Request) error {
-	ready, draining, rt, journal := s.ready.Load(), s.draining.Load(), s.cache.redis, cmp.Or(s.clicks.degraded(), "disk")
-	postgres, redis := peer(!s.store.down.Load(), s.store.latency.Load()), peerHealth{Status: "disabled"}
-	if rt != nil {
-		redis = peer(rt.up.Load(), rt.latency.Load())
-	}
-	word, status := "ok", http.StatusOK
-	if !ready || draining || postgres.Status != "up" && redis.Status != "up" {
-		word, status = "unavailable", http.StatusServiceUnavailable
-	}
-	return respond(w, status, map[string]any{"status": word, "ready": ready, "draining": draining, "postgres": postgres, "redis": redis,
-		"clicks": map[string]any{"journal": journal, "pending": s.clicks.pendingClicks()}}, nil)
-}
-
-// handleLive says that the process runs, whatever else does not: a restart would not help.
-func (s *Server) handleLive(w http.ResponseWriter, _ *http.Request) error {
-	return respond(w, http.StatusOK, map[string]string{"status": "ok"}, nil)
-}
-
-//go:embed openapi.yaml
-var openAPI []byte
-
-func (s *Server) handleOpenAPI(w http.ResponseWriter, _ *http.Request) error {
-	w.Header().Set("Content-Type", "application/yaml")
-	_, err := w.Write(openAPI)
-	return err
-}
-
 // ---- answers ----
 
-// apiError is a failure the client is told about, as it stands.
+// apiError is a failure that the client is told about, as it stands.
 type apiError struct {
 	status  int
 	Code    string            `json:"error"`
@@ -266,9 +192,11 @@ type apiError struct {
 	Fields  map[string]string `json:"fields,omitempty"`
 }
 
+// Error makes apiError an error.
 func (e *apiError) Error() string { return e.Code + ": " + e.Message }
 
-// failures turn our errors into the client's. What is not listed is a bug: 500, with its cause in the log only.
+// failures turn the errors of the store and the cache into the client's. What is not listed is a
+// bug: the client gets a 500, and the cause goes to the log only.
 var failures = []struct {
 	err error
 	api apiError
@@ -276,15 +204,23 @@ var failures = []struct {
 	{errNotFound, apiError{http.StatusNotFound, "not_found", "there is nothing here", nil}},
 	{errNoUser, apiError{http.StatusNotFound, "user_not_found", "there is no such user", nil}},
 	{errNoLink, apiError{http.StatusNotFound, "url_not_found", "there is no such link", nil}},
-	{errCodeTaken, apiError{http.StatusConflict, "code_taken", "this code was given out before", nil}},
-	{errUserExists, apiError{http.StatusConflict, "user_exists", "another user has this username or email", nil}},
-	{errUnavailable, apiError{http.StatusServiceUnavailable, "unavailable", "the database cannot answer now, try again", nil}},
-	{errOverloaded, apiError{http.StatusServiceUnavailable, "overloaded", "too many requests at once, try again", nil}},
+	{errCodeTaken, apiError{http.StatusConflict, "code_taken",
+		"this code was given out before", nil}},
+	{errKeyReused, apiError{http.StatusConflict, "idempotency_conflict",
+		"this Idempotency-Key made another link, or one that was deleted", nil}},
+	{errUserExists, apiError{http.StatusConflict, "user_exists",
+		"another user has this username or email", nil}},
+	{errChanged, apiError{http.StatusPreconditionFailed, "changed_meanwhile",
+		"the link is another version than If-Match names", nil}},
+	{errUnavailable, apiError{http.StatusServiceUnavailable, "unavailable",
+		"the database cannot answer now, try again", nil}},
+	{errOverloaded, apiError{http.StatusServiceUnavailable, "overloaded",
+		"too many requests at once, try again", nil}},
 }
 
 // asAPIError finds what the client is told of err.
 func asAPIError(err error) *apiError {
-	if api := (*apiError)(nil); errors.As(err, &api) {
+	if api, ok := errors.AsType[*apiError](err); ok {
 		return api
 	}
 	for i := range failures {
@@ -292,165 +228,260 @@ func asAPIError(err error) *apiError {
 			return &failures[i].api
 		}
 	}
-	return &apiError{http.StatusInternalServerError, "internal", "something went wrong here", nil}
+	return &apiError{
+		status:  http.StatusInternalServerError,
+		Code:    "internal",
+		Message: "something went wrong here",
+	}
 }
 
-// fail answers with an error and keeps its cause for the log line.
+// fail answers with an error, a browser with a page, and keeps its cause for the log line.
 func (s *Server) fail(w http.ResponseWriter, err error) {
+	a := w.(*answer)
+	a.err = err
+	page := takesPages(a.request)
 	api := asAPIError(err)
-	if resp, ok := w.(*response); ok {
-		resp.err = err
+	h := w.Header()
+	h["Vary"] = varyAccept
+	switch {
+	case api.status == http.StatusServiceUnavailable:
+		h.Set("Retry-After", "1")
+	case api.status == http.StatusUnauthorized && page:
+		h.Set("WWW-Authenticate", `Basic realm="hop", charset="UTF-8"`)
+	case api.status == http.StatusUnauthorized:
+		h.Set("WWW-Authenticate", `Bearer realm="hop"`)
 	}
-	if api.status == http.StatusServiceUnavailable {
-		w.Header().Set("Retry-After", "1")
+	if page && s.writeErrorPage(w, a.request, api) == nil {
+		return
 	}
-	respond(w, api.status, api, nil)
+	writeJSON(w, api.status, api)
 }
 
-// respond writes v, or returns err for fail to write. 204 has no body.
-func respond(w http.ResponseWriter, status int, v any, err error) error {
-	if err != nil {
-		return err
-	}
-	if status == http.StatusNoContent {
-		w.WriteHeader(status)
-		return nil
-	}
+// writeErrorPage answers a browser with an error. It fails before anything is sent, or not at all.
+func (s *Server) writeErrorPage(w http.ResponseWriter, r *http.Request, api *apiError) error {
+	page := newErrorPage(s.cfg, api.status, api.Code, api.Message, api.Fields)
+	mayPass := api.status == http.StatusUnauthorized || api.status == http.StatusServiceUnavailable
+	page.Retry = mayPass && r.Method == http.MethodGet
+	return writePage(w, api.status, "error", page)
+}
+
+// varyAccept tells caches that browsers get another answer to the same request.
+var varyAccept = []string{"Accept"}
+
+// writeJSON answers with v.
+func writeJSON(w http.ResponseWriter, status int, v any) error {
+	var text bytes.Buffer
+	writeJSONText(&text, v)
+	text.WriteByte('\n')
+	return sendJSON(w, status, text.Bytes())
+}
+
+// sendJSON answers with what is JSON already.
+func sendJSON(w http.ResponseWriter, status int, text []byte) error {
 	h := w.Header()
 	h.Set("Content-Type", "application/json")
 	h.Set("X-Content-Type-Options", "nosniff")
+	shareAnswer(h)
 	w.WriteHeader(status)
-	w.Write([]byte(jsonText(v) + "\n")) // an error is the client's, gone
+	w.Write(text) // an error means that the client is gone
 	return nil
 }
 
-// jsonText is v as compact JSON, with <, > and & as they are.
-func jsonText(v any) string {
-	var b bytes.Buffer
-	enc := json.NewEncoder(&b)
-	enc.SetEscapeHTML(false)
-	if err := enc.Encode(v); err != nil {
-		panic(err) // our own types always encode
+// answerRest answers what no route does: a code with more behind it than codes have, a path that
+// does not exist, or a method that the path does not take.
+func (s *Server) answerRest(w http.ResponseWriter, r *http.Request) {
+	if allowed := s.allowedMethods(r); allowed != "" {
+		w.Header().Set("Allow", allowed)
+		s.fail(w, &apiError{
+			status:  http.StatusMethodNotAllowed,
+			Code:    "method_not_allowed",
+			Message: "allowed here: " + allowed,
+		})
+		return
 	}
-	return strings.TrimSuffix(b.String(), "\n")
+	code := trimCode(strings.TrimPrefix(r.URL.Path, "/"))
+	if (r.Method == http.MethodGet || r.Method == http.MethodHead) && validCode(code) {
+		if err := s.redirect(w, r, code); err != nil {
+			s.fail(w, err)
+		}
+		return
+	}
+	s.fail(w, errNotFound)
 }
 
-// response is the ResponseWriter that all handlers get: it remembers what was answered, and gives the mux's own plain-text 404
-// and 405, which it writes before any route is known, the JSON envelope. Pooled, so that a redirect does not allocate one.
-type response struct {
+// allowedMethods lists the methods that the path of r takes, or "" if it takes none.
+func (s *Server) allowedMethods(r *http.Request) string {
+	var allowed []string
+	other := *r
+	for _, method := range []string{"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"} {
+		other.Method = method
+		if _, pattern := s.mux.Handler(&other); pattern != "/" {
+			allowed = append(allowed, method)
+		}
+	}
+	return strings.Join(allowed, ", ")
+}
+
+// ---- what surrounds every request ----
+
+// answer is the ResponseWriter that all handlers get. It remembers what was answered. They are
+// pooled: a redirect does not allocate one.
+type answer struct {
 	http.ResponseWriter
 	request *http.Request
 	start   time.Time
-	status  int
+	status  int // 0: none yet
 	bytes   int
-	err     error
-	muted   bool // the rest of the mux's text
+	err     error // why it is no success
+
+	places   *limiter // of requests being answered
+	hasPlace bool
 }
 
-var responses = sync.Pool{New: func() any { return new(response) }}
+var answers = sync.Pool{New: func() any { return new(answer) }}
+
+// takePlace makes the request one of those being answered, or says that they are too many. It costs
+// one atomic add, 10 ns, for a bounded memory.
+func (a *answer) takePlace() bool {
+	if !a.hasPlace {
+		a.hasPlace = a.places.enter()
+	}
+	return a.hasPlace
+}
 
 // Unwrap lets http.ResponseController through.
-func (w *response) Unwrap() http.ResponseWriter { return w.ResponseWriter }
+func (a *answer) Unwrap() http.ResponseWriter { return a.ResponseWriter }
 
-func (w *response) WriteHeader(status int) {
-	if w.status != 0 {
-		return
+// WriteHeader notes the status.
+func (a *answer) WriteHeader(status int) {
+	if a.status == 0 {
+		a.status = status
+		a.ResponseWriter.WriteHeader(status)
 	}
-	w.status = status
-	if w.request.Pattern != "" || status < 400 || w.err != nil { // not the mux's
-		w.ResponseWriter.WriteHeader(status)
-		return
-	}
-	api := &apiError{status, "not_found", "there is nothing here", nil}
-	if status == http.StatusMethodNotAllowed {
-		api.Code, api.Message = "method_not_allowed", "allowed here: "+w.Header().Get("Allow")
-	}
-	w.status = 0
-	w.request.Pattern = "none"
-	respond(w, status, api, nil)
-	w.muted = true
 }
 
-func (w *response) Write(p []byte) (int, error) {
-	if w.muted {
-		return len(p), nil
+// Write counts bytes.
+func (a *answer) Write(p []byte) (int, error) {
+	if a.status == 0 {
+		a.WriteHeader(http.StatusOK)
 	}
-	if w.status == 0 {
-		w.WriteHeader(http.StatusOK)
-	}
-	n, err := w.ResponseWriter.Write(p)
-	w.bytes += n
+	n, err := a.ResponseWriter.Write(p)
+	a.bytes += n
 	return n, err
 }
 
-// ServeHTTP is outermost, so that it sees r.Pattern: it counts, caps, guards against cross-site writes, and logs.
+// ServeHTTP is outermost, so that it sees the pattern that the mux finds. It counts, caps, guards
+// against writes from other sites' pages, and logs.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	resp := responses.Get().(*response)
-	*resp = response{ResponseWriter: w, request: r, start: time.Now()}
-	defer s.finish(resp)
-	defer s.inflight.leave() // one atomic add each way, shared by all cores: 20 ns for a bounded memory
-	if s.inflight.n.Add(1) > s.inflight.max {
-		s.fail(resp, errOverloaded)
+	a := answers.Get().(*answer)
+	*a = answer{ResponseWriter: w, request: r, start: time.Now(), places: &s.inflight}
+	defer s.finish(a)
+	// A request with a body takes its place when the body is read: who sends slowly keeps nobody
+	// else out.
+	if r.Body == http.NoBody && !a.takePlace() && !isHealth(r.URL.Path) {
+		s.fail(a, errOverloaded)
 		return
 	}
 	if s.draining.Load() {
 		w.Header()["Connection"] = closing
 	}
-	if r.Method != http.MethodGet {
-		if s.cross.Check(r) != nil {
-			s.fail(resp, &apiError{http.StatusForbidden, "cross_origin", "browsers may not write here from another site", nil})
-			return
-		}
+	if !isClean(r.URL.Path) {
+		s.fail(a, errNotFound) // the mux would redirect to another path, in HTML
+		return
 	}
-	s.mux.ServeHTTP(resp, r)
+	if r.Method != http.MethodGet && !s.admit(a, r) {
+		return
+	}
+	s.mux.ServeHTTP(a, r)
 }
 
-// finish ends a request: a panic becomes a 500, and one line is logged. Redirects are logged at Debug only: they are 95 % of all
-// requests, and each is an event in the database already.
-func (s *Server) finish(w *response) {
+// admit says whether a request that may change something comes from where it may. If not, it is
+// answered. Pages of other sites may do what the token allows that they were given; the password
+// that a browser remembers is none of theirs.
+func (s *Server) admit(a *answer, r *http.Request) bool {
+	if isPreflight(r) {
+		answerPreflight(a)
+		return false
+	}
+	if s.cross.Check(r) == nil {
+		return true
+	}
+	if s.bearsToken(r) {
+		shareAnswer(a.Header())
+		return true
+	}
+	s.fail(a, &apiError{
+		status:  http.StatusForbidden,
+		Code:    "cross_origin",
+		Message: "browsers may not write here from another site",
+	})
+	return false
+}
+
+// isHealth says whether path is one that balancers ask: they are answered however busy hop is.
+func isHealth(path string) bool { return path == "/health" || path == "/health/live" }
+
+// isClean says whether path is as the mux takes it: with one slash between segments, and no dots
+// for segments.
+func isClean(path string) bool {
+	return strings.HasPrefix(path, "/") && !strings.Contains(path, "//") &&
+		!strings.Contains(path, "/./") && !strings.Contains(path, "/../") &&
+		!strings.HasSuffix(path, "/.") && !strings.HasSuffix(path, "/..")
+}
+
+// statusClientGone is what a request is counted under whose client left before its answer, so that
+// nobody is woken by a 5xx that nobody got. The number is nginx's.
+const statusClientGone = 499
+
+// finish ends a request: a panic becomes a 500, the request is counted, and one line is logged.
+func (s *Server) finish(a *answer) {
 	if p := recover(); p != nil {
 		if p == http.ErrAbortHandler {
 			panic(p)
 		}
-		w.err = errors.New("panic")
 		s.log.Error("panic", "value", p)
-		if w.status == 0 {
-			s.fail(w, w.err)
+		a.err = errors.New("panic")
+		if a.status == 0 {
+			s.fail(a, a.err)
 		}
 	}
-	took, route := time.Since(w.start), w.request.Pattern
-	s.metrics.observe(route, w.status, took)
-	level := slog.LevelInfo
-	switch {
-	case w.status == http.StatusFound:
-		level = slog.LevelDebug
-	case w.status >= 500:
-		level = slog.LevelError
+	if a.status >= http.StatusInternalServerError && a.request.Context().Err() != nil {
+		a.status = statusClientGone
 	}
-	ctx := w.request.Context()
-	if s.log.Enabled(ctx, level) {
-		attrs := []slog.Attr{slog.String("method", w.request.Method), slog.String("route", route), slog.Int("status", w.status),
-			slog.Duration("dur", took), slog.Int("bytes", w.bytes)}
-		if w.status >= 500 {
-			attrs = append(attrs, slog.Any("err", w.err))
-		}
-		s.log.LogAttrs(ctx, level, "request", attrs...)
+	took := time.Since(a.start)
+	s.metrics.observe(a.request.Pattern, a.status, took)
+	s.logRequest(a, took)
+	if a.hasPlace {
+		a.places.leave()
 	}
-	*w = response{}
-	responses.Put(w)
+	*a = answer{}
+	answers.Put(a)
 }
 
-// newCode returns 7 random letters and digits: 3.5 × 10^12 of them, so that guessing finds nothing.
-func newCode() string {
-	const alphabet = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-	code, random := make([]byte, 0, 7), make([]byte, 16)
-	for len(code) < cap(code) {
-		rand.Read(random)
-		for _, b := range random {
-			if int(b) < 256/62*62 && len(code) < cap(code) { // the rest would favour the first letters
-				code = append(code, alphabet[b%62])
-			}
-		}
+// logRequest logs one line for a request. Redirects, of which each is an event already, probes,
+// 404s, of which scanners make thousands, and clients that left are logged at debug level only.
+func (s *Server) logRequest(a *answer, took time.Duration) {
+	level := slog.LevelInfo
+	switch {
+	case a.status == http.StatusFound || a.status == http.StatusNotFound ||
+		a.status == statusClientGone || isHealth(a.request.URL.Path):
+		level = slog.LevelDebug
+	case a.status >= http.StatusInternalServerError:
+		level = slog.LevelError
 	}
-	return string(code)
+	ctx := a.request.Context()
+	if !s.log.Enabled(ctx, level) {
+		return
+	}
+	attrs := []slog.Attr{
+		slog.String("method", a.request.Method),
+		slog.String("route", a.request.Pattern),
+		slog.Int("status", a.status),
+		slog.Duration("dur", took),
+		slog.Int("bytes", a.bytes),
+	}
+	if a.status >= http.StatusInternalServerError {
+		attrs = append(attrs, slog.Any("err", a.err))
+	}
+	s.log.LogAttrs(ctx, level, "request", attrs...)
 }

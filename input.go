@@ -9,257 +9,201 @@ import (
 	"math"
 	"mime"
 	"net/http"
-	"net/netip"
 	"net/url"
-	"regexp"
+	"reflect"
 	"slices"
 	"strconv"
 	"strings"
 	"time"
-	"unicode"
 	"unicode/utf8"
 )
 
-// Everything a stranger can send is judged here, before anything is looked up: codes, targets, JSON bodies, query strings.
+// What a request may say: its body (JSON or a form), its query string and its path. A body is read
+// whole before anything else happens, so that a slow sender holds nothing but its connection.
 
+// Limits of what is read.
 const (
-	maxTarget   = 2048     // bytes; what browsers and proxies still carry in a Location
-	maxText     = 500      // bytes of a title, name or e-mail: generous for people, small for a row
-	maxBody     = 16 << 10 // bytes of a JSON body; the largest honest one is a target and a title
-	maxBulkBody = 8 << 20  // bytes of a bulk body: maxBulk links of the largest size, with room
-	maxBulk     = 1000     // links in one bulk request, also the rows in one list
-	maxDepth    = 32       // nesting of a JSON body: people's details are shallow, attacks are deep
-	wireTime    = "2006-01-02T15:04:05"
-	csvTime     = "2006-01-02 15:04:05"
+	maxBulkBody = 8 << 20 // bytes of a bulk body: maxBulk items of the usual size, with room
+	maxSkip     = 100_000 // rows that page and per_page may skip; each is walked over
 )
 
-// validCode says whether s can be a short code: 3 to 32 of [0-9A-Za-z_-], the first a letter or digit. Hand-written, since
-// it runs on every redirect: 10 ns and no allocation, where a regexp takes 300.
-func validCode(s string) bool {
-	if len(s) < 3 || len(s) > 32 || s[0] == '-' || s[0] == '_' {
-		return false
-	}
-	for i := range len(s) {
-		c := s[i]
-		if !('0' <= c && c <= '9' || 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || c == '-' || c == '_') {
-			return false
-		}
-	}
-	return true
-}
+// problems are what was found wrong with a request, by the name of the field or parameter.
+type problems map[string]string
 
-// checkCode returns why s cannot be a link's code, or nil. reserved words are those that routes begin with: no redirect could
-// be reached under them.
-func checkCode(s string) error {
-	switch {
-	case !validCode(s):
-		return errors.New("must be 3 to 32 letters, digits, - or _, the first a letter or digit")
-	case reserved[s]:
-		return errors.New("is reserved for the service itself")
-	}
-	return nil
-}
-
-// reserved are the first path segments of all routes.
-var reserved = map[string]bool{}
-
-func init() { // not in the declaration: routes lead to handlers, and those to checkCode
-	for _, rt := range new(Server).routes() {
-		_, path, _ := strings.Cut(rt.pattern, " /")
-		word, _, _ := strings.Cut(path, "/")
-		reserved[word] = true
+// refuse notes what is wrong with a field. The first word on it stands.
+func (p problems) refuse(name, problem string) {
+	if _, ok := p[name]; !ok {
+		p[name] = problem
 	}
 }
 
-// targetRules decide which targets a link may have.
-type targetRules struct {
-	ownHost      string // our own host in lower case: a link to ourselves is a loop
-	allowPrivate bool   // let links point into private networks and at loopback
+// onlyRefused says whether nothing but the named field is wrong.
+func (p problems) onlyRefused(name string) bool {
+	_, wrong := p[name]
+	return wrong && len(p) == 1
 }
 
-// privateNets are the ranges netip has no predicate for that still never lead to a public web server (RFC 6890, RFC 6052).
-var privateNets = []netip.Prefix{
-	netip.MustParsePrefix("0.0.0.0/8"), netip.MustParsePrefix("100.64.0.0/10"), netip.MustParsePrefix("192.0.0.0/24"),
-	netip.MustParsePrefix("198.18.0.0/15"), netip.MustParsePrefix("240.0.0.0/4"), netip.MustParsePrefix("64:ff9b::/96"), netip.MustParsePrefix("::/96"),
-	netip.MustParsePrefix("2002::/16"), netip.MustParsePrefix("fec0::/10"),
+// err is nil, or the 400 that names everything refused.
+func (p problems) err() error {
+	if len(p) == 0 {
+		return nil
+	}
+	refused := badRequest("invalid_request", "some fields are missing or wrong")
+	refused.Fields = p
+	return refused
 }
 
-// check returns why raw must not be a target, or nil. It refuses what a browser would read differently than it looks.
-func (t targetRules) check(raw string) error {
-	if len(raw) > maxTarget || !utf8.ValidString(raw) {
-		return fmt.Errorf("must be valid UTF-8 of at most %d bytes", maxTarget)
-	}
-	for _, r := range raw {
-		if unicode.IsControl(r) || unicode.IsSpace(r) || unicode.Is(unicode.Cf, r) || strings.ContainsRune("\\\"<>`", r) {
-			return fmt.Errorf("must not contain %U", r)
-		}
-	}
-	u, err := url.Parse(raw)
-	if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Hostname() == "" {
-		return errors.New("must be a URL like https://example.com/page")
-	}
-	if port, err := strconv.ParseUint(u.Port(), 10, 16); u.Port() != "" && (err != nil || port == 0) || strings.HasSuffix(u.Host, ":") {
-		return errors.New("must have a port from 1 to 65535, or none")
-	}
-	if u.User != nil {
-		return errors.New("must not contain a user name or password")
-	}
-	return t.checkHost(strings.TrimSuffix(strings.ToLower(u.Hostname()), "."))
-}
+// ---- bodies ----
 
-// hostName is one label or more. ASCII only: browsers fold full-width and other look-alike letters to ASCII, so a name that
-// passes here as something else could still be localhost there.
-var hostName = regexp.MustCompile(`^[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*$`)
-
-// checkHost judges a host in lower case.
-func (t targetRules) checkHost(host string) error {
-	last := host[strings.LastIndexByte(host, '.')+1:]
-	ip, err := netip.ParseAddr(host)
-	switch {
-	case err == nil && ip.Zone() == "":
-		ip = ip.Unmap()
-	case !hostName.MatchString(host) || len(host) > 253:
-		return errors.New("must have a host of ASCII letters, digits, dots and hyphens (xn--… for others)")
-	case '0' <= last[0] && last[0] <= '9': // browsers read 127.1, 0x7f000001 and 2130706433 as IPv4
-		return errors.New("must not have a host that only looks like an IP address")
-	}
-	if own, err := netip.ParseAddr(t.ownHost); host == t.ownHost || err == nil && own.Unmap() == ip {
-		return errors.New("must not point back at this service")
-	}
-	private := last == host || slices.Contains([]string{"localhost", "local", "internal"}, last)
-	if ip.IsValid() {
-		private = !ip.IsGlobalUnicast() || ip.IsPrivate() || slices.ContainsFunc(privateNets, func(p netip.Prefix) bool { return p.Contains(ip) })
-	}
-	if private && !t.allowPrivate {
-		return errors.New("must not point into a private network")
-	}
-	return nil
-}
-
-// checkText returns why s cannot be stored as one line of people's text, or nil.
-func checkText(s string) error {
-	if len(s) > maxText || !utf8.ValidString(s) || strings.ContainsFunc(s, unicode.IsControl) {
-		return fmt.Errorf("must be valid UTF-8 of at most %d bytes without control characters", maxText)
-	}
-	return nil
-}
-
-// checkName is checkText for what must not be blank or padded either: user names and event types.
-func checkName(s string) error {
-	if s == "" || strings.TrimSpace(s) != s {
-		return fmt.Errorf("must not be empty or padded with spaces: %q", s)
-	}
-	return checkText(s)
-}
-
-// emailForm is what plausible means. Only a message sent there could tell more.
-var emailForm = regexp.MustCompile(`^[^@\s,;<>()"\\]+@[^@\s,;<>()"\\]+\.[^@\s,;<>()"\\.]+$`)
-
-func checkEmail(s string) error {
-	if !emailForm.MatchString(s) {
-		return fmt.Errorf("must be an e-mail address like name@example.com, not %q", s)
-	}
-	return checkText(s)
-}
-
-// ---- JSON bodies ----
-
-// fields is a JSON object and what was found wrong in it. Each getter takes one field out, so that a handler reads as the list of
-// what it accepts; fields nobody asks for are ignored.
+// fields is what a JSON object or a form says, and what was found wrong in it. Each getter takes
+// one field, so that a handler reads as the list of what it accepts. Fields nobody asks for are
+// ignored.
 type fields struct {
-	raw      map[string]json.RawMessage
-	problems map[string]string
+	problems
+	raw    map[string]json.RawMessage
+	isForm bool // every value is a string: ids and flags are written as text
 }
 
-// readFields reads a body that must be a JSON object.
+// readFields reads a body that must be a JSON object. Its errors are apiErrors.
 func readFields(w http.ResponseWriter, r *http.Request) (*fields, error) {
-	f := &fields{problems: map[string]string{}}
-	return f, readJSON(w, r, maxBody, &f.raw)
+	body, err := readBody(w, r, maxBody)
+	if err != nil {
+		return nil, err
+	}
+	return parseObject(body)
 }
 
-// readJSON reads a JSON body of at most limit bytes into dst, a *map or a *[]json.RawMessage.
-// Errors are apiErrors: 415 for another content type, 413 for too much, 400 for the rest.
-func readJSON(w http.ResponseWriter, r *http.Request, limit int64, dst any) error {
-	if ct := r.Header.Get("Content-Type"); ct != "" {
-		if media, _, err := mime.ParseMediaType(ct); err != nil || media != "application/json" {
-			return &apiError{http.StatusUnsupportedMediaType, "unsupported_media_type", "Content-Type must be application/json", nil}
+// readFieldsOrForm is readFields for routes that HTML forms are sent to as well. JSON under a
+// form's type is JSON: curl sends it that way.
+func readFieldsOrForm(w http.ResponseWriter, r *http.Request) (*fields, error) {
+	body, err := readBody(w, r, maxBody)
+	if err != nil {
+		return nil, err
+	}
+	text := bytes.TrimSpace(body)
+	looksLikeJSON := len(text) > 0 && (text[0] == '{' || text[0] == '[')
+	if mediaType(r) != "application/x-www-form-urlencoded" || looksLikeJSON {
+		return parseObject(body)
+	}
+	return parseForm(string(body))
+}
+
+// readItems reads a body that must be a JSON array of 1 to maxBulk items of at most maxBody bytes.
+// It counts before it decodes. Text that is no JSON as hop takes it is refused whole, the rest is
+// for itemFields to judge, each item for itself.
+func readItems(w http.ResponseWriter, r *http.Request) ([]json.RawMessage, error) {
+	body, err := readBody(w, r, maxBulkBody)
+	if err != nil {
+		return nil, err
+	}
+	items, err := splitArray(body)
+	if err != nil {
+		return nil, err
+	}
+	for i, item := range items {
+		if err := checkJSON(item); err != nil {
+			return nil, badRequest("invalid_json", fmt.Sprintf("item %d %v", i+1, err))
 		}
+	}
+	return items, nil
+}
+
+// itemFields are the fields of one of readItems' items. One that is no object is noted.
+func itemFields(item json.RawMessage) *fields {
+	f := &fields{problems: problems{}}
+	if json.Unmarshal(item, &f.raw) != nil || f.raw == nil {
+		f.refuse("item", "must be a JSON object")
+	}
+	return f
+}
+
+// mediaType is the type of a request's body in lower case, without parameters.
+func mediaType(r *http.Request) string {
+	media, _, _ := mime.ParseMediaType(r.Header.Get("Content-Type"))
+	return media
+}
+
+// readBody reads a whole body of at most limit bytes. Whatever type it claims, it is for the
+// reader of the bytes to say whether they make sense; only files come from those who mean another
+// route.
+func readBody(w http.ResponseWriter, r *http.Request, limit int64) ([]byte, error) {
+	media := mediaType(r)
+	if strings.HasPrefix(media, "multipart/") || media == "text/csv" {
+		return nil, badRequest("invalid_json", "the body must be JSON, not a file")
 	}
 	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, limit))
 	if err != nil {
-		return bodyError(err)
+		return nil, bodyError(err)
 	}
-	if err = checkJSON(body); err == nil && (json.Unmarshal(body, dst) != nil || string(bytes.TrimSpace(body)) == "null") {
-		err = errors.New("must be a JSON object, or an array of them where many are made")
+	if a, ok := w.(*answer); ok && !a.takePlace() {
+		return nil, errOverloaded
 	}
+	return body, nil
+}
+
+// bodyError turns a failed read of a request's body into the client's error.
+func bodyError(err error) *apiError {
+	if tooLarge, ok := errors.AsType[*http.MaxBytesError](err); ok {
+		return &apiError{
+			status:  http.StatusRequestEntityTooLarge,
+			Code:    "payload_too_large",
+			Message: fmt.Sprintf("the body must be at most %d bytes", tooLarge.Limit),
+		}
+	}
+	return badRequest("invalid_body", "the body could not be read")
+}
+
+// parseObject reads a JSON object.
+func parseObject(text []byte) (*fields, error) {
+	if err := checkJSON(text); err != nil {
+		return nil, badRequest("invalid_json", "the body "+err.Error())
+	}
+	f := &fields{problems: problems{}}
+	if json.Unmarshal(text, &f.raw) != nil || f.raw == nil {
+		return nil, badRequest("invalid_json", "the body must be a JSON object")
+	}
+	return f, nil
+}
+
+// parseForm reads an HTML form. A control that was left empty is null.
+func parseForm(text string) (*fields, error) {
+	values, err := url.ParseQuery(text)
 	if err != nil {
-		return &apiError{http.StatusBadRequest, "invalid_json", "the body " + err.Error(), nil}
+		return nil, badRequest("invalid_form", "the form is malformed")
 	}
-	return nil
-}
-
-// bodyError turns a failed read of a request body into the client's error.
-func bodyError(err error) error {
-	if tooLarge := (*http.MaxBytesError)(nil); errors.As(err, &tooLarge) {
-		return &apiError{http.StatusRequestEntityTooLarge, "payload_too_large", fmt.Sprintf("the body must be at most %d bytes", tooLarge.Limit), nil}
-	}
-	return &apiError{http.StatusBadRequest, "invalid_body", "the body could not be read", nil}
-}
-
-// checkJSON returns why body is not one JSON value as we take them. encoding/json would replace bad UTF-8, and PostgreSQL refuses
-// an escaped NUL; so does hop (also the rare text that spells \\u0000 out, which nobody will miss).
-func checkJSON(body []byte) error {
-	switch {
-	case !utf8.Valid(body):
-		return errors.New("must be valid UTF-8")
-	case bytes.Contains(body, []byte(`\u0000`)):
-		return errors.New("must not contain NUL")
-	case !json.Valid(body):
-		return errors.New("must be one JSON value")
-	}
-	return walkJSON(json.NewDecoder(bytes.NewReader(body)), 0)
-}
-
-// walkJSON reads one value of a valid text and refuses deep nesting and repeated names: encoding/json would let the last one win,
-// and what one reader ignores another obeys.
-func walkJSON(dec *json.Decoder, depth int) error {
-	if depth > maxDepth {
-		return fmt.Errorf("must not be nested deeper than %d", maxDepth)
-	}
-	open, err := dec.Token()
-	if _, nested := open.(json.Delim); err != nil || !nested {
-		return err
-	}
-	for names := map[string]bool{}; dec.More(); {
-		if open == json.Delim('{') {
-			name, _ := dec.Token()
-			if names[name.(string)] {
-				return fmt.Errorf("must not repeat the field %q", name)
-			}
-			names[name.(string)] = true
+	f := &fields{problems: problems{}, raw: map[string]json.RawMessage{}, isForm: true}
+	for name, sent := range values {
+		if len(sent) != 1 {
+			return nil, badRequest("invalid_form", "the form must not repeat "+excerpt(name))
 		}
-		if err := walkJSON(dec, depth+1); err != nil {
-			return err
+		if !utf8.ValidString(sent[0]) || strings.Contains(sent[0], "\x00") {
+			return nil, badRequest("invalid_form", "the form must be valid UTF-8 without NUL")
+		}
+		f.raw[name] = json.RawMessage("null")
+		if sent[0] != "" {
+			f.raw[name], _ = json.Marshal(sent[0]) // a string never fails
 		}
 	}
-	_, err = dec.Token()
-	return err
+	return f, nil
 }
+
+// ---- fields ----
 
 // has says whether the field was sent, null included.
-func (f *fields) has(name string) bool { _, ok := f.raw[name]; return ok }
-
-// null says whether the field is absent or null.
-func (f *fields) null(name string) bool { return !f.has(name) || string(f.raw[name]) == "null" }
-
-// refuse notes what is wrong with a field; the first word on it stands.
-func (f *fields) refuse(name, problem string) {
-	if _, ok := f.problems[name]; !ok {
-		f.problems[name] = problem
-	}
+func (f *fields) has(name string) bool {
+	_, ok := f.raw[name]
+	return ok
 }
 
-// given says whether the field has a value; if it has not but must, that is noted.
+// hasAny says whether one of the fields was sent.
+func (f *fields) hasAny(names ...string) bool { return slices.ContainsFunc(names, f.has) }
+
+// null says whether the field is absent or null.
+func (f *fields) null(name string) bool {
+	return !f.has(name) || string(f.raw[name]) == "null"
+}
+
+// given says whether the field has a value. If it has not but must, that is noted.
 func (f *fields) given(name string, required bool) bool {
 	if f.null(name) && required {
 		f.refuse(name, "is required")
@@ -267,121 +211,324 @@ func (f *fields) given(name string, required bool) bool {
 	return !f.null(name)
 }
 
-// text takes a string field that passes check; an absent or null one is "".
-func (f *fields) text(name string, required bool, check func(string) error) (s string) {
-	if !f.given(name, required) {
-		return ""
+// nameOf is for a field of several names: it returns the one that was sent, or the first. Two of
+// them may only say the same.
+func (f *fields) nameOf(names ...string) string {
+	sent := slices.DeleteFunc(slices.Clone(names), f.null)
+	for _, name := range sent[min(1, len(sent)):] {
+		if !bytes.Equal(f.raw[name], f.raw[sent[0]]) {
+			f.refuse(name, "must not differ from "+sent[0])
+		}
 	}
+	if len(sent) > 0 {
+		return sent[0]
+	}
+	if i := slices.IndexFunc(names, f.has); i >= 0 { // it is null
+		return names[i]
+	}
+	return names[0]
+}
+
+// targetName is the name under which the target was sent.
+func (f *fields) targetName() string { return f.nameOf("original_url", "long_url", "url") }
+
+// codeName is the name under which the code of a new link was sent.
+func (f *fields) codeName() string { return f.nameOf("custom_code", "short_code") }
+
+// str takes a string field as it was sent. It says false if there is none.
+func (f *fields) str(name string, required bool) (string, bool) {
+	if !f.given(name, required) {
+		return "", false
+	}
+	var s string
 	if json.Unmarshal(f.raw[name], &s) != nil {
 		f.refuse(name, "must be a string")
-	} else if err := check(s); err != nil {
+		return "", false
+	}
+	return s, true
+}
+
+// text takes a string field without the blanks at its ends, if it passes check. It is "" if it is
+// absent, null or blank, which a required one must not be.
+func (f *fields) text(name string, required bool, check func(string) error) string {
+	s, ok := f.str(name, required)
+	s = cleanText(s)
+	if !ok {
+		return ""
+	}
+	if s == "" {
+		if required {
+			f.refuse(name, "must not be empty")
+		}
+		return ""
+	}
+	if err := check(s); err != nil {
 		f.refuse(name, err.Error())
 	}
 	return s
 }
 
-// id takes a positive integer field; an absent or null one is 0. 1.0, "1" and true are no integers.
-func (f *fields) id(name string, required bool) (n int64) {
-	if f.given(name, required) {
-		var err error
-		if n, err = strconv.ParseInt(string(f.raw[name]), 10, 64); err != nil || n < 1 {
-			f.refuse(name, "must be a positive integer")
-		}
+// target takes a link's target as it is to be stored.
+func (f *fields) target(name string, required bool, rules targetRules) string {
+	s, ok := f.str(name, required)
+	if !ok {
+		return ""
+	}
+	clean, err := rules.check(s)
+	if err != nil {
+		f.refuse(name, err.Error())
+	}
+	return clean
+}
+
+// id takes an integer from 1 to maxID. It is 0 if it is absent or null. 1.0 and true are no
+// integers, nor is "1" outside a form.
+func (f *fields) id(name string, required bool) int64 {
+	if !f.given(name, required) {
+		return 0
+	}
+	text := string(f.raw[name])
+	if f.isForm {
+		text, _ = f.str(name, required)
+	}
+	n := parseID(text)
+	if n == 0 {
+		f.refuse(name, fmt.Sprintf("must be an integer from 1 to %d", int64(maxID)))
 	}
 	return n
 }
 
-// flag takes a boolean field.
-func (f *fields) flag(name string) bool {
-	s := string(f.raw[name])
-	if s != "true" && s != "false" {
+// flag takes a boolean. It is nil if it is absent, or null, which is no boolean and noted as such.
+func (f *fields) flag(name string) *bool {
+	if f.has(name) && f.null(name) {
 		f.refuse(name, "must be true or false")
 	}
-	return s == "true"
+	return f.flagOrNull(name)
 }
 
-// object takes an object field as compact JSON; an absent or null one is {}.
-func (f *fields) object(name string) string {
-	b := bytes.NewBuffer(nil)
-	if !f.given(name, false) {
-		return "{}"
-	}
-	if raw := f.raw[name]; raw[0] != '{' || json.Compact(b, raw) != nil {
-		f.refuse(name, "must be a JSON object")
-	}
-	return b.String()
-}
-
-// future takes a time after now, RFC 3339 or without a zone in UTC; an absent or null one is the zero time.
-func (f *fields) future(name string, now time.Time) time.Time {
-	s := f.text(name, false, checkText)
+// flagOrNull takes a boolean. It is nil if it is absent or null.
+func (f *fields) flagOrNull(name string) *bool {
 	if f.null(name) {
-		return time.Time{}
-	}
-	t, err := time.Parse(time.RFC3339, s)
-	if err != nil {
-		t, err = time.Parse(wireTime, s)
-	}
-	if err != nil || !t.After(now) || t.UTC().Year() > 9999 {
-		f.refuse(name, "must be a time in the future like 2027-01-31T12:00:00Z")
-	}
-	return t.UTC().Truncate(time.Second)
-}
-
-// err is nil, or the 400 that names every refused field.
-func (f *fields) err() error {
-	if len(f.problems) == 0 {
 		return nil
 	}
-	return &apiError{http.StatusBadRequest, "invalid_request", "some fields are missing or wrong", f.problems}
+	text := string(f.raw[name])
+	if f.isForm {
+		text, _ = f.str(name, false)
+	}
+	value, ok := parseFlag(text, f.isForm)
+	if !ok {
+		f.refuse(name, "must be true or false")
+		return nil
+	}
+	return &value
 }
 
-// ---- query strings ----
-
-// page is which part of a list is wanted: limit rows (plus one, to know of more) after offset rows and after the id after.
-type page struct {
-	limit, offset int
-	after         int64
+// parseFlag reads a boolean, leniently where all there is is text.
+func parseFlag(text string, lenient bool) (value, ok bool) {
+	if text == "true" || text == "false" {
+		return text == "true", true
+	}
+	if !lenient {
+		return false, false
+	}
+	switch strings.ToLower(text) {
+	case "true", "on", "yes", "1":
+		return true, true
+	case "false", "off", "no", "0":
+		return false, true
+	}
+	return false, false
 }
 
-// query reads typed values from a query string and notes what is wrong with them, as fields does for bodies.
+// object takes an object as compact JSON. An absent or null one is {}.
+func (f *fields) object(name string) json.RawMessage {
+	if !f.given(name, false) {
+		return json.RawMessage("{}")
+	}
+	var compact bytes.Buffer
+	raw := f.raw[name]
+	if raw[0] != '{' || json.Compact(&compact, raw) != nil {
+		f.refuse(name, "must be a JSON object")
+		return nil
+	}
+	return compact.Bytes()
+}
+
+// time takes a time. It says false if the field is absent, null or no time.
+func (f *fields) time(name string) (time.Time, bool) {
+	s, ok := f.str(name, false)
+	if !ok {
+		return time.Time{}, false
+	}
+	t, err := parseTime(cleanText(s))
+	if err != nil {
+		f.refuse(name, err.Error())
+		return time.Time{}, false
+	}
+	return t, true
+}
+
+// future takes a time after now. An absent or null one is the zero time.
+func (f *fields) future(name string, now time.Time) time.Time {
+	t, ok := f.time(name)
+	if ok && !t.After(now) {
+		f.refuse(name, "must be in the future")
+	}
+	return t
+}
+
+// expiry takes the time at which a link that exists shall end. Old is its time so far, nil for
+// none. The result is nil if that does not change, the zero time if the link shall never end, and
+// now for any time that is past.
+func (f *fields) expiry(name string, old *stamp, now time.Time) *time.Time {
+	if !f.has(name) {
+		return nil
+	}
+	if f.null(name) {
+		if old == nil {
+			return nil
+		}
+		return &time.Time{}
+	}
+	t, ok := f.time(name)
+	if !ok || old != nil && t.Equal(old.Truncate(time.Second)) {
+		return nil
+	}
+	if t.Before(now) {
+		t = now.UTC().Truncate(time.Second)
+	}
+	return &t
+}
+
+// unchanged is for a field that nobody can change: it may be sent back as it is, which want says in
+// Go's terms, or be left out.
+func (f *fields) unchanged(name string, want any) {
+	if !f.has(name) {
+		return
+	}
+	wanted, err := json.Marshal(want)
+	if err != nil || !sameJSON(f.raw[name], wanted) {
+		f.refuse(name, "cannot be changed")
+	}
+}
+
+// sameJSON says whether two JSON texts mean the same.
+func sameJSON(a, b []byte) bool {
+	return reflect.DeepEqual(decodeExactly(a), decodeExactly(b))
+}
+
+// decodeExactly decodes a valid JSON text without rounding its numbers.
+func decodeExactly(text []byte) any {
+	var value any
+	decoder := json.NewDecoder(bytes.NewReader(text))
+	decoder.UseNumber()
+	decoder.Decode(&value) // it is valid
+	return value
+}
+
+// ---- query strings and paths ----
+
+// query reads typed values from a query string and notes what is wrong with them, as fields does
+// for bodies. An empty value is a value; parameters nobody asks for are ignored.
 type query struct {
+	problems
 	values url.Values
-	fields
 }
 
-// newQuery parses r's query string; a malformed one is refused whole.
+// newQuery parses r's query string. A malformed one is noted, and err then says so.
 func newQuery(r *http.Request) *query {
 	values, err := url.ParseQuery(r.URL.RawQuery)
-	q := &query{values, fields{problems: map[string]string{}}}
+	q := &query{problems: problems{}, values: values}
 	if err != nil {
 		q.refuse("query", "is malformed")
 	}
 	return q
 }
 
-// int takes an integer parameter between low and high; an absent one is def.
-func (q *query) int(name string, low, high, def int64) int64 {
-	if !q.values.Has(name) {
-		return def
+// get returns a parameter and whether it was sent. It may be sent once.
+func (q *query) get(name string) (string, bool) {
+	sent := q.values[name]
+	if len(sent) > 1 {
+		q.refuse(name, "must not be repeated")
 	}
-	n, err := strconv.ParseInt(q.values.Get(name), 10, 64)
+	return q.values.Get(name), len(sent) > 0
+}
+
+// int takes an integer from low to high. An absent one is absent.
+func (q *query) int(name string, low, high, absent int64) int64 {
+	text, ok := q.get(name)
+	if !ok {
+		return absent
+	}
+	n, err := strconv.ParseInt(text, 10, 64)
 	if err != nil || n < low || n > high {
 		q.refuse(name, fmt.Sprintf("must be an integer from %d to %d", low, high))
+		return absent
 	}
 	return n
 }
 
-// page takes page, per_page and after: the last is the id that a Link: rel="next" goes on from, however deep.
-func (q *query) page() page {
-	const maxPage = 1 << 31 // keeps page × per_page inside 64 bits
-	size := q.int("per_page", 1, maxBulk, maxBulk)
-	return page{int(size), int((q.int("page", 1, maxPage, 1) - 1) * size), q.int("after", 0, 1<<62, 0)}
+// id takes an integer, however senseless as an id: a list may be empty. It is nil if it is absent.
+func (q *query) id(name string) *int64 {
+	if !q.values.Has(name) {
+		return nil
+	}
+	n := q.int(name, math.MinInt64, math.MaxInt64, 0)
+	return &n
 }
 
-// filterInt narrows f to an integer column that was asked for.
-func (q *query) filterInt(f *filter, column string) {
-	if q.values.Has(column) {
-		f.and(column+" = ?", q.int(column, math.MinInt64, math.MaxInt64, 0))
+// flag takes a boolean. It is nil if it is absent.
+func (q *query) flag(name string) *bool {
+	text, ok := q.get(name)
+	if !ok {
+		return nil
 	}
+	value, ok := parseFlag(text, true)
+	if !ok {
+		q.refuse(name, "must be true or false")
+		return nil
+	}
+	return &value
+}
+
+// text takes a text that passes check. It is "" if it is absent.
+func (q *query) text(name string, check func(string) error) string {
+	text, ok := q.get(name)
+	if !ok {
+		return ""
+	}
+	if err := check(text); err != nil {
+		q.refuse(name, err.Error())
+		return ""
+	}
+	return text
+}
+
+// page takes page, per_page, skip, which is how many rows come before the first one wanted, and
+// after, the id of the row before it. Rows before a page are walked over, those before an id are
+// not: so pages end where walking gets dear.
+func (q *query) page() page {
+	const maxPage = math.MaxInt32 // times maxBulk it fits into 64 bits
+	size := q.int("per_page", 1, maxBulk, maxBulk)
+	skip := (q.int("page", 1, maxPage, 1)-1)*size + q.int("skip", 0, maxSkip, 0)
+	if skip+size > maxSkip {
+		q.refuse("page", fmt.Sprintf("must end within the first %d rows; beyond them follow the"+
+			" Link header of the answers", maxSkip))
+	}
+	after := q.int("after", 0, maxID, 0)
+	return page{limit: int(size), offset: int(skip), after: after}
+}
+
+// pathID is the {id} of a path. What is no positive integer is 0, which no row has.
+func pathID(r *http.Request) int64 {
+	return parseID(r.PathValue("id"))
+}
+
+// parseID reads an id in digits. It is 0 for what is no integer from 1 to maxID.
+func parseID(text string) int64 {
+	n, err := strconv.ParseUint(text, 10, 64)
+	if err != nil || n > maxID {
+		return 0
+	}
+	return int64(n)
 }

@@ -1,8 +1,8 @@
 package main
 
 import (
+	"context"
 	"fmt"
-	"io"
 	"log/slog"
 	"maps"
 	"math"
@@ -12,116 +12,196 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 )
 
-// TestMetricsAddUp clicks, hangs PostgreSQL, and reads /metrics all the while: every scrape adds up, counters never fall, and
-// what the clients know to be recorded is recorded.
+// TestMetricsAddUp clicks, hangs PostgreSQL, and reads /metrics all the while: every scrape adds
+// up, counters never fall, and what the clients know to be recorded is recorded.
 func TestMetricsAddUp(t *testing.T) {
 	r := newRig(t)
 	l := startLoad(t, r.hop.url, full(3000, 500), 50, r.aims, redirects)
-	var scrapes, pendingSeen int
-	last := map[string]float64{}
-	look := func(d time.Duration) {
-		for end := time.Now().Add(d); time.Now().Before(end); scrapes++ {
-			m := scrape(t, r.hop.url)
-			recorded, flushed, dropped, pending := m["hop_clicks_recorded_total"], m["hop_clicks_flushed_total"], m["hop_clicks_dropped_total"], m["hop_clicks_pending"]
-			if recorded != flushed+dropped+pending || pending < 0 {
-				t.Errorf("recorded %v, flushed %v, dropped %v, pending %v", recorded, flushed, dropped, pending)
-			}
-			if pending > 0 {
-				pendingSeen++
-			}
-			for name, v := range m {
-				if counts := strings.Contains(name, "_total") || strings.Contains(name, "_bucket{") || strings.Contains(name, "_count{"); counts && v < last[name] {
-					t.Errorf("%s fell from %v to %v", name, last[name], v)
-				}
-			}
-			last = m
-		}
+	w := &scrapeWatch{url: r.hop.url}
+	w.watch(t, time.Second)
+	r.pg.pause()
+	w.watch(t, 1500*time.Millisecond)
+	pending := w.last["hop_clicks_pending"]
+	open := w.last[`hop_breaker_open{peer="postgres"}`]
+	if pending == 0 || open != 1 {
+		t.Errorf("while PostgreSQL hangs: pending %v, breaker %v", pending, open)
 	}
-	look(time.Second)
-	hangProcess(t, r.pg)
-	look(1500 * time.Millisecond)
-	if last["hop_clicks_pending"] == 0 || last[`hop_breaker_open{peer="postgres"}`] != 1 {
-		t.Errorf("while PostgreSQL hangs: pending %v, breaker %v", last["hop_clicks_pending"], last[`hop_breaker_open{peer="postgres"}`])
-	}
-	r.pg.resume(t)
-	look(time.Second)
+	r.pg.resume()
+	w.watch(t, time.Second)
 	if f := l.figures(whole); f.failed > 0 {
 		t.Error(f.failures())
 	}
-	var clicks int64
-	for _, n := range l.count(302) {
-		clicks += n
+	var clicks float64
+	for _, n := range l.answered(302) {
+		clicks += float64(n)
 	}
-	askStats(t, r.hop.url)
+	flushClicks(t, r.hop.url)
 	m := scrape(t, r.hop.url)
-	if want := float64(clicks); m["hop_clicks_recorded_total"] != want || m["hop_clicks_flushed_total"] != want || m["hop_clicks_pending"] != 0 ||
-		m[`hop_request_duration_seconds_count{route="GET /{code}",status="302"}`] != want {
-		t.Errorf("%d clicks, but %v", clicks, m)
+	for name, want := range map[string]float64{
+		"hop_clicks_recorded_total": clicks,
+		"hop_clicks_flushed_total":  clicks,
+		"hop_clicks_pending":        0,
+		"hop_clicks_dropped_total":  0,
+		`hop_request_duration_seconds_count{route="GET /{code}",status="302"}`: clicks,
+	} {
+		got, ok := m[name]
+		if !ok || got != want {
+			t.Errorf("%s is %v after %v clicks, want %v", name, got, clicks, want)
+		}
 	}
-	t.Logf("%d scrapes, %d with clicks pending, %d clicks", scrapes, pendingSeen, clicks)
+	t.Logf("%d scrapes, %d with clicks pending, %v clicks", w.scrapes, w.pending, clicks)
 }
 
-// TestMetricsRecordedNeverFalls looks in the middle of a swap of the journal's halves, which waits for a writer.
-func TestMetricsRecordedNeverFalls(t *testing.T) {
-	c := newClickLog(t.TempDir(), true, func(clickBatch) (bool, error) { return true, nil }, slog.New(slog.NewTextHandler(io.Discard, nil)))
-	for range 10 {
-		c.record(1, 1e9, false, "")
+// scrapeWatch reads /metrics over and over and holds each time against the one before.
+type scrapeWatch struct {
+	url     string
+	last    map[string]float64
+	scrapes int
+	pending int // how many of them saw clicks pending
+}
+
+// watch reads for a while.
+func (w *scrapeWatch) watch(t *testing.T, d time.Duration) {
+	t.Helper()
+	end := time.Now().Add(d)
+	for time.Now().Before(end) {
+		m := scrape(t, w.url)
+		w.scrapes++
+		if m["hop_clicks_pending"] > 0 {
+			w.pending++
+		}
+		sum := m["hop_clicks_flushed_total"] + m["hop_clicks_dropped_total"] +
+			m["hop_clicks_pending"]
+		if m["hop_clicks_recorded_total"] != sum || m["hop_clicks_pending"] < 0 {
+			t.Errorf("recorded %v, flushed + dropped + pending %v, pending %v",
+				m["hop_clicks_recorded_total"], sum, m["hop_clicks_pending"])
+		}
+		for name, v := range m {
+			if isCount(name) && v < w.last[name] {
+				t.Errorf("%s fell from %v to %v", name, w.last[name], v)
+			}
+		}
+		w.last = m
 	}
-	slow := c.next.Add(1) - 1 // has its slot and has not written it
-	before, _, _, _ := c.counts()
-	flushed := make(chan error)
-	go func() { flushed <- c.flush() }()
-	eventually(t, 5*time.Second, "the halves are swapped", func() bool { return c.next.Load()&halfBit != slow&halfBit })
-	if recorded, flushed, dropped, pending := c.counts(); recorded != before || pending != 11 || flushed+dropped != 0 {
-		t.Errorf("in the swap: recorded %d after %d, flushed %d, dropped %d, pending %d", recorded, before, flushed, dropped, pending)
+}
+
+// isCount says whether a series may only rise.
+func isCount(name string) bool {
+	return strings.Contains(name, "_total") || strings.Contains(name, "_bucket{") ||
+		strings.Contains(name, "_count{")
+}
+
+// TestMetricsClickCounts reads the four counts of clicks while several goroutines record and flush,
+// also from the middle of a flush: they add up each time, and recorded never falls.
+func TestMetricsClickCounts(t *testing.T) {
+	const writers = 4
+	const each = 5000
+	var c *clickLog
+	var recordedBefore atomic.Int64
+	look := func() {
+		before := recordedBefore.Load()
+		recorded, flushed, dropped, pending := c.counts()
+		if recorded < before || recorded != flushed+dropped+pending || pending < 0 {
+			t.Errorf("recorded %d after %d, flushed %d, dropped %d, pending %d",
+				recorded, before, flushed, dropped, pending)
+		}
+		for before < recorded && !recordedBefore.CompareAndSwap(before, recorded) {
+			before = recordedBefore.Load()
+		}
 	}
-	wordAt(c.halves[0][slow*slotSize:]).Store(writtenBit | 1_000_000_000)
-	if err := <-flushed; err != nil {
+	save := func(_ context.Context, b clickBatch) (int64, error) {
+		look()
+		return b.to, nil
+	}
+	c = newClickLog(t.TempDir(), true, save, slog.New(slog.DiscardHandler))
+	t.Cleanup(c.close)
+	c.belongsTo("test")
+	var recording, others sync.WaitGroup
+	var done atomic.Bool
+	for w := range writers {
+		recording.Go(func() {
+			for range each {
+				c.record(int64(w+1), 1e9, false, "")
+			}
+		})
+	}
+	others.Go(func() {
+		for !done.Load() {
+			look()
+		}
+	})
+	others.Go(func() {
+		for !done.Load() {
+			if err := c.flush(t.Context()); err != nil {
+				t.Error(err)
+			}
+		}
+	})
+	recording.Wait()
+	done.Store(true)
+	others.Wait()
+	if err := c.flush(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if recorded, flushed, _, pending := c.counts(); recorded != 11 || flushed != 11 || pending != 0 {
-		t.Errorf("after it: recorded %d, flushed %d, pending %d", recorded, flushed, pending)
+	recorded, flushed, dropped, pending := c.counts()
+	if recorded != writers*each || flushed != recorded || dropped != 0 || pending != 0 {
+		t.Errorf("at the end: recorded %d, flushed %d, dropped %d, pending %d",
+			recorded, flushed, dropped, pending)
 	}
 }
 
-// TestMetricsValid asks for all sorts of paths and reads the exposition strictly. PROMCHECK, a command such as `go run .` in
-// scripts/promcheck or `promtool check metrics`, gives it to Prometheus's own parser and linter too: make promcheck.
+// TestMetricsValid asks for all sorts of paths and reads the exposition strictly: no label holds
+// what people sent. PROMCHECK, a command such as `go run .` in scripts/promcheck or `promtool check
+// metrics`, gives it to Prometheus's own parser and linter too: make promcheck.
 func TestMetricsValid(t *testing.T) {
 	a := startApp(t)
 	made := do(t, "POST", a.url+"/shorten", `{"url":"https://example.com/secret-target"}`)
-	var link struct{ Short_Code string }
+	var link struct {
+		Code string `json:"short_code"`
+	}
 	made.json(t, &link)
-	for _, path := range []string{"/" + link.Short_Code, "/nosuchcode", "/stats/nosuchcode", "/urls/999999", "/urls/not-a-number", "/users/424242",
-		"/a/b/c", "//x", `/q"uo\te`, "/%00", "/" + strings.Repeat("x", 200), "/events?page=7", "/health", "/metrics", "/openapi.yaml"} {
+	paths := []string{
+		"/" + link.Code, "/nosuchcode", "/stats/nosuchcode", "/urls/999999", "/urls/not-a-number",
+		"/users/424242", "/a/b/c", "//x", "/q%22uo%5Cte", "/%00", "/" + strings.Repeat("x", 200),
+		"/events?page=7", "/health", "/metrics", "/openapi.json",
+	}
+	for _, path := range paths {
 		for _, method := range []string{"GET", "HEAD", "DELETE", "BREW"} {
-			do(t, method, a.url+strings.ReplaceAll(strings.ReplaceAll(path, `"`, "%22"), `\`, "%5C"), "")
+			do(t, method, a.url+path, "")
 		}
 	}
 	text := do(t, "GET", a.url+"/metrics", "")
-	if got := text.header.Get("Content-Type"); !strings.HasPrefix(got, "text/plain; version=0.0.4") {
-		t.Errorf("Content-Type %q", got)
+	contentType := text.header.Get("Content-Type")
+	if !strings.HasPrefix(contentType, "text/plain; version=0.0.4") {
+		t.Errorf("Content-Type %q", contentType)
 	}
-	for _, path := range []string{link.Short_Code, "nosuchcode", "secret-target", "999999", "not-a-number", "424242", "/a/b", "xxx", "uo", "page=7"} {
-		if strings.Contains(text.body, path) {
-			t.Errorf("%q is in /metrics", path)
+	for _, sent := range []string{
+		link.Code, "nosuchcode", "secret-target", "999999", "not-a-number", "424242", "/a/b", "xxx",
+		"uo", "page=7",
+	} {
+		if strings.Contains(text.body, sent) {
+			t.Errorf("%q is in /metrics", sent)
 		}
 	}
-	routes := map[string]bool{"none": true, "": true} // what the mux did not know, what was refused before it was asked
+	// "/" is what no route took, "" what was refused before the routes were asked.
+	known := map[string]bool{"/": true, "": true}
 	for _, rt := range a.routes() {
-		routes[rt.pattern] = true
+		known[rt.pattern] = true
 	}
 	seen := map[string]bool{}
-	for _, m := range regexp.MustCompile(`route="([^"]*)"`).FindAllStringSubmatch(text.body, -1) {
+	for _, m := range routeLabel.FindAllStringSubmatch(text.body, -1) {
 		seen[m[1]] = true
-		if !routes[m[1]] {
+		if !known[m[1]] {
 			t.Errorf("route %q is no pattern", m[1])
 		}
 	}
-	if !seen["GET /{code}"] || !seen["none"] {
+	if !seen["GET /{code}"] || !seen["/"] {
 		t.Errorf("routes are missing: %v", slices.Sorted(maps.Keys(seen)))
 	}
 	for _, problem := range lintMetrics(text.body) {
@@ -140,98 +220,151 @@ func TestMetricsValid(t *testing.T) {
 
 // TestMetricsLint proves the reader of TestMetricsValid: each of these is wrong.
 func TestMetricsLint(t *testing.T) {
+	const gauge = "# HELP a A.\n# TYPE a gauge\n"
+	const histogram = "# HELP h H.\n# TYPE h histogram\n"
 	for _, text := range []string{
 		"a_total 1\n",
-		"# HELP a A.\n# TYPE a gauge\na 1",
-		"# HELP a A.\n# TYPE a gauge\na one\n",
-		"# HELP a A.\n# TYPE a gauge\na 1\na 2\n",
+		gauge + "a 1",
+		gauge + "a one\n",
+		gauge + "a 1\na 2\n",
 		"# HELP a A.\n# TYPE a counter\na 1\n",
 		"# HELP a_total A.\n# TYPE a_total counter\na_total -1\n",
-		"# HELP a A.\n# TYPE a gauge\na{b=\"c} 1\n",
-		"# HELP a A.\n# TYPE a gauge\na 1\n# HELP b B.\n# TYPE b gauge\nb 1\na{c=\"d\"} 1\n",
-		"# HELP h H.\n# TYPE h histogram\nh_bucket{le=\"1\"} 2\nh_bucket{le=\"+Inf\"} 1\nh_sum 1\nh_count 1\n",
-		"# HELP h H.\n# TYPE h histogram\nh_bucket{le=\"1\"} 1\nh_sum 1\nh_count 1\n",
-		"# HELP h H.\n# TYPE h histogram\nh_bucket{le=\"+Inf\"} 1\nh_sum 1\nh_count 2\n",
+		gauge + "a{b=\"c} 1\n",
+		gauge + "a 1\n# HELP b B.\n# TYPE b gauge\nb 1\na{c=\"d\"} 1\n",
+		histogram + "h_bucket{le=\"1\"} 2\nh_bucket{le=\"+Inf\"} 1\nh_sum 1\nh_count 1\n",
+		histogram + "h_bucket{le=\"1\"} 1\nh_sum 1\nh_count 1\n",
+		histogram + "h_bucket{le=\"+Inf\"} 1\nh_sum 1\nh_count 2\n",
 	} {
 		if len(lintMetrics(text)) == 0 {
 			t.Errorf("passes: %q", text)
 		}
 	}
+	if problems := lintMetrics(gauge + "a 1\n"); len(problems) > 0 {
+		t.Errorf("does not pass: %v", problems)
+	}
 }
 
-var sampleLine = regexp.MustCompile(`^([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{((?:[a-zA-Z_][a-zA-Z0-9_]*="(?:[^"\\\n]|\\["\\n])*",?)*)\})? (\S+)$`)
+// Lines of the text format.
+var (
+	sampleLine = regexp.MustCompile(`^([a-zA-Z_:][a-zA-Z0-9_:]*)` +
+		`(?:\{((?:[a-zA-Z_][a-zA-Z0-9_]*="(?:[^"\\\n]|\\["\\n])*",?)*)\})? (\S+)$`)
+	routeLabel = regexp.MustCompile(`route="([^"]*)"`)
+)
+
+// metricsLinter reads an exposition line by line.
+type metricsLinter struct {
+	problems []string
+	current  string                 // the family of the last HELP
+	helped   map[string]bool        // families with a HELP
+	kinds    map[string]string      // TYPE of each family
+	seen     map[string]bool        // samples, with their labels
+	buckets  map[string]bucketSoFar // of each histogram, by family and other labels
+}
+
+// bucketSoFar is the last bucket of a histogram that was read.
+type bucketSoFar struct{ bound, count float64 }
 
 // lintMetrics reads an exposition in the text format and returns what is wrong with it.
-func lintMetrics(text string) (problems []string) {
-	bad := func(line, why string) { problems = append(problems, fmt.Sprintf("%q: %s", line, why)) }
-	if !strings.HasSuffix(text, "\n") {
-		bad(text[max(0, len(text)-20):], "no line end")
+func lintMetrics(text string) []string {
+	l := &metricsLinter{
+		helped:  map[string]bool{},
+		kinds:   map[string]string{},
+		seen:    map[string]bool{},
+		buckets: map[string]bucketSoFar{},
 	}
-	helps, kinds, seen, buckets := map[string]bool{}, map[string]string{}, map[string]bool{}, map[string][2]float64{}
-	current := ""
+	if !strings.HasSuffix(text, "\n") {
+		l.bad(text[max(0, len(text)-20):], "no line end")
+	}
 	for line := range strings.Lines(text) {
 		line = strings.TrimSuffix(line, "\n")
-		if name, ok := strings.CutPrefix(line, "# HELP "); ok {
-			name, help, _ := strings.Cut(name, " ")
-			if helps[name] || help == "" {
-				bad(line, "a second or empty HELP")
-			}
-			helps[name], current = true, name
-			continue
-		}
-		if name, ok := strings.CutPrefix(line, "# TYPE "); ok {
-			name, kind, _ := strings.Cut(name, " ")
-			if kinds[name] != "" || name != current || !slices.Contains([]string{"counter", "gauge", "histogram"}, kind) {
-				bad(line, "TYPE")
-			}
-			if kind == "counter" != strings.HasSuffix(name, "_total") {
-				bad(line, "counters end in _total, others do not")
-			}
-			kinds[name] = kind
-			continue
-		}
-		m := sampleLine.FindStringSubmatch(line)
-		if m == nil {
-			bad(line, "no sample")
-			continue
-		}
-		name, labels := m[1], m[2]
-		v, err := strconv.ParseFloat(m[3], 64)
-		family := name
-		if kinds[current] == "histogram" {
-			for _, suffix := range []string{"_bucket", "_sum", "_count"} {
-				family = strings.TrimSuffix(family, suffix)
-			}
-		}
+		help, isHelp := strings.CutPrefix(line, "# HELP ")
+		kind, isType := strings.CutPrefix(line, "# TYPE ")
 		switch {
-		case err != nil || math.IsNaN(v):
-			bad(line, "no number")
-		case family != current || kinds[family] == "":
-			bad(line, "not below its HELP and TYPE")
-		case seen[name+labels]:
-			bad(line, "twice")
-		case kinds[family] != "gauge" && v < 0:
-			bad(line, "a negative count")
-		}
-		seen[name+labels] = true
-		if kinds[family] != "histogram" {
-			continue
-		}
-		rest, bound, _ := strings.Cut(labels, `le="`)
-		key := family + strings.TrimSuffix(rest, ",")
-		state, known := buckets[key] // the last bound and its count
-		switch strings.TrimPrefix(name, family) {
-		case "_bucket":
-			le, err := strconv.ParseFloat(strings.TrimSuffix(bound, `"`), 64)
-			if err != nil || known && (le <= state[0] || v < state[1]) {
-				bad(line, "buckets must rise")
-			}
-			buckets[key] = [2]float64{le, v}
-		case "_count":
-			if !known || !math.IsInf(state[0], 1) || state[1] != v {
-				bad(line, "the last bucket is +Inf and the count")
-			}
+		case isHelp:
+			l.help(line, help)
+		case isType:
+			l.kind(line, kind)
+		default:
+			l.sample(line)
 		}
 	}
-	return problems
+	return l.problems
+}
+
+// bad notes a problem.
+func (l *metricsLinter) bad(line, why string) {
+	l.problems = append(l.problems, fmt.Sprintf("%q: %s", line, why))
+}
+
+// help reads what follows "# HELP ".
+func (l *metricsLinter) help(line, rest string) {
+	name, text, _ := strings.Cut(rest, " ")
+	if l.helped[name] || text == "" {
+		l.bad(line, "a second or empty HELP")
+	}
+	l.helped[name] = true
+	l.current = name
+}
+
+// kind reads what follows "# TYPE ".
+func (l *metricsLinter) kind(line, rest string) {
+	name, kind, _ := strings.Cut(rest, " ")
+	known := slices.Contains([]string{"counter", "gauge", "histogram"}, kind)
+	if l.kinds[name] != "" || name != l.current || !known {
+		l.bad(line, "TYPE")
+	}
+	if (kind == "counter") != strings.HasSuffix(name, "_total") {
+		l.bad(line, "counters end in _total, others do not")
+	}
+	l.kinds[name] = kind
+}
+
+// sample reads a value.
+func (l *metricsLinter) sample(line string) {
+	m := sampleLine.FindStringSubmatch(line)
+	if m == nil {
+		l.bad(line, "no sample")
+		return
+	}
+	name, labels := m[1], m[2]
+	v, err := strconv.ParseFloat(m[3], 64)
+	family := name
+	if l.kinds[l.current] == "histogram" {
+		for _, suffix := range []string{"_bucket", "_sum", "_count"} {
+			family = strings.TrimSuffix(family, suffix)
+		}
+	}
+	switch {
+	case err != nil || math.IsNaN(v):
+		l.bad(line, "no number")
+	case family != l.current || l.kinds[family] == "":
+		l.bad(line, "not below its HELP and TYPE")
+	case l.seen[name+labels]:
+		l.bad(line, "twice")
+	case l.kinds[family] != "gauge" && v < 0:
+		l.bad(line, "a negative count")
+	}
+	l.seen[name+labels] = true
+	if l.kinds[family] == "histogram" {
+		l.histogram(line, family, strings.TrimPrefix(name, family), labels, v)
+	}
+}
+
+// histogram reads one sample of a histogram; part is _bucket, _sum or _count.
+func (l *metricsLinter) histogram(line, family, part, labels string, v float64) {
+	others, bound, _ := strings.Cut(labels, `le="`)
+	key := family + strings.TrimSuffix(others, ",")
+	last, known := l.buckets[key]
+	switch part {
+	case "_bucket":
+		le, err := strconv.ParseFloat(strings.TrimSuffix(bound, `"`), 64)
+		if err != nil || known && (le <= last.bound || v < last.count) {
+			l.bad(line, "buckets must rise")
+		}
+		l.buckets[key] = bucketSoFar{le, v}
+	case "_count":
+		if !known || !math.IsInf(last.bound, 1) || last.count != v {
+			l.bad(line, "the last bucket is +Inf and the count")
+		}
+	}
 }

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"encoding/json"
 	"flag"
 	"fmt"
@@ -9,7 +10,9 @@ import (
 	"go/token"
 	"maps"
 	"net/http"
+	"net/url"
 	"os"
+	"path"
 	"reflect"
 	"slices"
 	"strconv"
@@ -17,215 +20,161 @@ import (
 	"testing"
 )
 
-// openapi.yaml is written by hand, in a small part of YAML that the parser below reads: block maps and lists, one-line scalars,
-// >- texts, JSON, [plain, words] and {$ref: '…'}. The tests hold it against the routes, the wire structs, the request fields that
-// handlers read, and the statuses that the contract run (rest_test.go) saw.
+// openapi.json is written by hand. The tests hold it against the routes, the wire structs, the
+// fields and parameters that handlers read, and the statuses that the REST cases saw. What only
+// others can judge, scripts/apidoc.sh asks them: whether the document is good OpenAPI, and whether
+// every answer is as the document says.
 
-// node is a part of the document.
+// node is an object of the document.
 type node = map[string]any
 
-// yamlLines are the lines of a document that say something.
-type yamlLines []struct {
-	indent int
-	text   string
-}
-
-func parseYAML(src string) any {
-	var lines yamlLines
-	for line := range strings.Lines(src) {
-		line = strings.TrimRight(line, "\n")
-		if text := strings.TrimLeft(line, " "); text != "" && text[0] != '#' {
-			lines = append(lines, struct {
-				indent int
-				text   string
-			}{len(line) - len(text), text})
-		}
-	}
-	v := lines.block(-1)
-	if len(lines) > 0 {
-		panic("openapi.yaml: left over: " + lines[0].text)
-	}
-	return v
-}
-
-// block takes the lines that are deeper than outer and returns their value.
-func (l *yamlLines) block(outer int) any {
-	if len(*l) == 0 || (*l)[0].indent <= outer {
-		return nil
-	}
-	indent := (*l)[0].indent
-	object, list := node{}, []any(nil)
-	for len(*l) > 0 && (*l)[0].indent == indent {
-		text := (*l)[0].text
-		if item, ok := strings.CutPrefix(text, "- "); ok {
-			if _, _, isMap := strings.Cut(item, ": "); isMap && item[0] != '{' {
-				(*l)[0].indent, (*l)[0].text = indent+2, item
-				list = append(list, l.block(indent))
-				continue
-			}
-			*l = (*l)[1:]
-			list = append(list, yamlScalar(item))
-			continue
-		}
-		key, value, ok := strings.Cut(text, ":")
-		if value = strings.TrimPrefix(value, " "); !ok {
-			panic("openapi.yaml: no key: " + text)
-		}
-		key = strings.Trim(key, "'")
-		if _, again := object[key]; again {
-			panic("openapi.yaml: twice: " + text)
-		}
-		*l = (*l)[1:]
-		switch value {
-		case "":
-			object[key] = l.block(indent)
-		case ">-":
-			var words []string
-			for len(*l) > 0 && (*l)[0].indent > indent {
-				words, *l = append(words, (*l)[0].text), (*l)[1:]
-			}
-			object[key] = strings.Join(words, " ")
-		default:
-			object[key] = yamlScalar(value)
-		}
-	}
-	if list != nil {
-		return list
-	}
-	return object
-}
-
-func yamlScalar(s string) any {
-	var v any
-	if json.Unmarshal([]byte(s), &v) == nil {
-		return v
-	}
-	if ref, ok := strings.CutPrefix(s, "{$ref: '"); ok {
-		return node{"$ref": strings.TrimSuffix(ref, "'}")}
-	}
-	if s[0] == '[' {
-		list := []any{}
-		for word := range strings.SplitSeq(strings.Trim(s, "[]"), ", ") {
-			list = append(list, strings.Trim(word, "'"))
-		}
-		return list
-	}
-	return strings.Trim(s, "'")
-}
-
-// at follows keys into the document and every $ref on the way.
-func at(t testing.TB, doc node, from any, keys ...string) any {
-	t.Helper()
-	for i := 0; ; i++ {
-		for object, _ := from.(node); object["$ref"] != nil && len(object) == 1; object, _ = from.(node) {
-			from = at(t, doc, doc, strings.Split(strings.TrimPrefix(object["$ref"].(string), "#/"), "/")...)
-			if from == nil {
-				t.Fatalf("%v leads nowhere", object["$ref"])
-			}
-		}
-		if i == len(keys) {
-			return from
-		}
-		object, _ := from.(node)
-		from = object[keys[i]]
-	}
-}
-
+// readOpenAPI reads the document.
 func readOpenAPI(t testing.TB) node {
 	t.Helper()
-	b, err := os.ReadFile("openapi.yaml")
+	text, err := os.ReadFile("openapi.json")
 	if err != nil {
 		t.Fatal(err)
 	}
-	return parseYAML(string(b)).(node)
+	var doc node
+	if err := json.Unmarshal(text, &doc); err != nil {
+		t.Fatal(err)
+	}
+	return doc
+}
+
+// resolve follows the $ref of v, if it is one, and so on.
+func resolve(t testing.TB, doc node, v any) any {
+	t.Helper()
+	for {
+		object, _ := v.(node)
+		ref, isRef := object["$ref"].(string)
+		if !isRef {
+			return v
+		}
+		v = at(t, doc, doc, strings.Split(strings.TrimPrefix(ref, "#/"), "/")...)
+		if v == nil {
+			t.Fatalf("%s leads nowhere", ref)
+		}
+	}
+}
+
+// at follows keys from a part of the document, and every $ref on the way. What is not there is nil.
+func at(t testing.TB, doc node, from any, keys ...string) any {
+	t.Helper()
+	from = resolve(t, doc, from)
+	for _, key := range keys {
+		object, _ := from.(node)
+		from = resolve(t, doc, object[key])
+	}
+	return from
 }
 
 // operation is the documented operation of a route.
-func operation(t testing.TB, doc node, pattern string) any {
-	method, path, _ := strings.Cut(pattern, " ")
-	return at(t, doc, doc, "paths", path, strings.ToLower(method))
+func operation(t testing.TB, doc node, pattern string) node {
+	t.Helper()
+	method, route, _ := strings.Cut(pattern, " ")
+	op, _ := at(t, doc, doc, "paths", route, strings.ToLower(method)).(node)
+	return op
+}
+
+// elements is a part of the document as an array; what is not there is empty.
+func elements(v any) []any {
+	all, _ := v.([]any)
+	return all
 }
 
 // properties are the names of a schema's members, those of its allOf included.
 func properties(t testing.TB, doc node, schema any) []string {
 	t.Helper()
-	object, _ := at(t, doc, schema).(node)
-	props, _ := object["properties"].(node)
-	names := slices.Collect(maps.Keys(props))
-	all, _ := object["allOf"].([]any)
-	for _, part := range all {
+	object, _ := at(t, doc, schema, "properties").(node)
+	names := slices.Collect(maps.Keys(object))
+	for _, part := range elements(at(t, doc, schema, "allOf")) {
 		names = append(names, properties(t, doc, part)...)
 	}
 	slices.Sort(names)
 	return slices.Compact(names)
 }
 
-// members are the JSON names of a struct's fields, those of embedded structs included; required are those that are always there.
-func members(typ reflect.Type) (all, required []string) {
+// required are the names of the members that a schema requires, those of its allOf included.
+func required(t testing.TB, doc node, schema any) []string {
+	t.Helper()
+	var names []string
+	for _, name := range elements(at(t, doc, schema, "required")) {
+		names = append(names, name.(string))
+	}
+	for _, part := range elements(at(t, doc, schema, "allOf")) {
+		names = append(names, required(t, doc, part)...)
+	}
+	slices.Sort(names)
+	return names
+}
+
+// members are the JSON names of a struct's fields, those of embedded structs included; always are
+// those that are never left out.
+func members(typ reflect.Type) (all, always []string) {
 	for typ.Kind() != reflect.Struct {
 		typ = typ.Elem()
 	}
 	for i := range typ.NumField() {
-		f := typ.Field(i)
-		name, options, tagged := strings.Cut(f.Tag.Get("json"), ",")
-		switch {
-		case name == "-":
-		case name != "":
-			all = append(all, name)
-			if options != "omitempty" {
-				required = append(required, name)
-			}
-		case f.Anonymous && !tagged:
-			inner, needed := members(f.Type)
-			if all = append(all, inner...); f.Type.Kind() == reflect.Struct {
-				required = append(required, needed...)
-			}
+		field := typ.Field(i)
+		name, options, _ := strings.Cut(field.Tag.Get("json"), ",")
+		if name == "" && field.Anonymous {
+			inner, needed := members(field.Type)
+			all = append(all, inner...)
+			always = append(always, needed...)
+			continue
+		}
+		all = append(all, name)
+		if options != "omitempty" {
+			always = append(always, name)
 		}
 	}
 	slices.Sort(all)
-	slices.Sort(required)
-	return all, required
+	slices.Sort(always)
+	return all, always
 }
 
 func TestOpenAPIRoutes(t *testing.T) {
 	doc := readOpenAPI(t)
-	if v := doc["openapi"]; v != "3.1.0" {
-		t.Errorf("openapi: %v", v)
+	if doc["openapi"] != "3.1.0" {
+		t.Errorf("openapi: %v", doc["openapi"])
 	}
 	documented := map[string]bool{}
-	for path, item := range at(t, doc, doc, "paths").(node) {
+	for route, item := range at(t, doc, doc, "paths").(node) {
 		for method := range item.(node) {
-			documented[strings.ToUpper(method)+" "+path] = true
+			documented[strings.ToUpper(method)+" "+route] = true
 		}
 	}
 	ids := map[any]bool{}
 	for _, rt := range new(Server).routes() {
 		if !documented[rt.pattern] {
-			t.Errorf("%s is not in openapi.yaml", rt.pattern)
+			t.Errorf("%s is not in openapi.json", rt.pattern)
 			continue
 		}
 		delete(documented, rt.pattern)
-		op := operation(t, doc, rt.pattern).(node)
-		if ids[op["operationId"]] || op["operationId"] == nil || op["summary"] == nil {
+		op := operation(t, doc, rt.pattern)
+		if op["operationId"] == nil || ids[op["operationId"]] || op["summary"] == nil {
 			t.Errorf("%s: operationId %v, summary %v", rt.pattern, op["operationId"], op["summary"])
 		}
 		ids[op["operationId"]] = true
-		if open := op["security"] != nil; open != rt.open {
-			t.Errorf("%s: open is %v in openapi.yaml, %v in routes", rt.pattern, open, rt.open)
-		}
-		params, _ := op["parameters"].([]any)
-		inPath := ""
-		for _, p := range params {
+		var inPath []string
+		for _, p := range elements(op["parameters"]) {
 			if at(t, doc, p, "in") == "path" {
-				inPath += fmt.Sprintf("{%s}", at(t, doc, p, "name"))
+				inPath = append(inPath, fmt.Sprintf("{%s}", at(t, doc, p, "name")))
 			}
 		}
-		if _, rest, _ := strings.Cut(rt.pattern, "{"); strings.Contains(rt.pattern, "{") != (inPath != "") || inPath != "" && !strings.HasPrefix("{"+rest, inPath) {
-			t.Errorf("%s has the path parameters %q", rt.pattern, inPath)
+		var inPattern []string
+		for word := range strings.SplitSeq(rt.pattern, "/") {
+			if strings.HasPrefix(word, "{") {
+				inPattern = append(inPattern, word)
+			}
+		}
+		if !slices.Equal(inPath, inPattern) {
+			t.Errorf("%s has the path parameters %v", rt.pattern, inPath)
 		}
 	}
 	for pattern := range documented {
-		t.Errorf("openapi.yaml has %s, routes do not", pattern)
+		t.Errorf("openapi.json has %s, routes do not", pattern)
 	}
 }
 
@@ -234,9 +183,7 @@ func TestOpenAPISchemas(t *testing.T) {
 	schema := func(keys ...string) any {
 		return at(t, doc, doc, append([]string{"components", "schemas"}, keys...)...)
 	}
-	item := func(list string) any {
-		return at(t, doc, schema("Stats", "allOf").([]any)[1], "properties", list, "items")
-	}
+	figures := elements(at(t, doc, schema("Stats"), "allOf"))[1]
 	for _, c := range []struct {
 		name   string
 		schema any
@@ -245,9 +192,14 @@ func TestOpenAPISchemas(t *testing.T) {
 		{"User", schema("User"), reflect.TypeFor[wireUser]()},
 		{"Link", schema("Link"), reflect.TypeFor[wireLink]()},
 		{"BulkResult", schema("BulkResult"), reflect.TypeFor[wireResult]()},
+		{"Loaded", schema("Loaded"), reflect.TypeFor[wireLoaded]()},
+		{"Loaded.conflicts", schema("Loaded", "properties", "conflicts", "items"),
+			reflect.TypeFor[wireConflict]()},
 		{"Stats", schema("Stats"), reflect.TypeFor[wireStats]()},
-		{"clicks_per_day", item("clicks_per_day"), reflect.TypeFor[wireDay]()},
-		{"top_referrers", item("top_referrers"), reflect.TypeFor[wireHost]()},
+		{"Stats.clicks_per_day", at(t, doc, figures, "properties", "clicks_per_day", "items"),
+			reflect.TypeFor[wireDay]()},
+		{"Stats.top_referrers", at(t, doc, figures, "properties", "top_referrers", "items"),
+			reflect.TypeFor[wireHost]()},
 		{"Event", schema("Event"), reflect.TypeFor[wireEvent]()},
 		{"Health", schema("Health"), reflect.TypeFor[wireHealth]()},
 		{"Health.clicks", schema("Health", "properties", "clicks"), reflect.TypeFor[wireClicks]()},
@@ -258,192 +210,431 @@ func TestOpenAPISchemas(t *testing.T) {
 		if got := properties(t, doc, c.schema); !slices.Equal(got, all) {
 			t.Errorf("%s has %v, the type %v", c.name, got, all)
 		}
-		var required []string
-		parts := []any{c.schema}
-		if all, ok := at(t, doc, c.schema, "allOf").([]any); ok {
-			parts = all
-		}
-		for _, part := range parts {
-			for _, name := range at(t, doc, part, "required").([]any) {
-				required = append(required, name.(string))
-			}
-		}
-		if slices.Sort(required); !slices.Equal(required, always) {
-			t.Errorf("%s requires %v, the type always has %v", c.name, required, always)
+		if got := required(t, doc, c.schema); !slices.Equal(got, always) {
+			t.Errorf("%s requires %v, the type always has %v", c.name, got, always)
 		}
 	}
 }
 
-// TestOpenAPIExamples sends every example request, compares every example answer with the wire structs, and sends every
-// documented request field and parameter with a wrong value: the answer must name it.
-func TestOpenAPIExamples(t *testing.T) {
+// TestOpenAPIAnswers reads every example answer as the wire struct that it is an example of.
+func TestOpenAPIAnswers(t *testing.T) {
 	doc := readOpenAPI(t)
-	for name, dst := range map[string]any{"User": new(wireUser), "Link": new(wireLink), "BulkResult": &new(wireBulk).Results, "Event": new(wireEvent), "Health": new(wireHealth)} {
-		example := at(t, doc, doc, "components", "schemas", name, "example")
-		if name == "BulkResult" {
-			example = []any{example}
+	check := func(example, dst any) {
+		t.Helper()
+		text, err := json.Marshal(example)
+		if err != nil || example == nil {
+			t.Fatalf("%v, %v", example, err)
 		}
-		strict(t, jsonText(example), dst)
+		strict(t, string(text), dst)
 	}
-	for name := range at(t, doc, doc, "components", "responses").(node) {
-		if example := at(t, doc, doc, "components", "responses", name, "content", "application/json", "example"); example != nil {
-			strict(t, jsonText(example), new(wireError))
+	for name, dst := range map[string]any{
+		"User":       new(wireUser),
+		"Link":       new(wireLink),
+		"BulkResult": new(wireResult),
+		"Loaded":     new(wireLoaded),
+		"Event":      new(wireEvent),
+		"Health":     new(wireHealth),
+	} {
+		check(elements(at(t, doc, doc, "components", "schemas", name, "examples"))[0], dst)
+	}
+	for _, response := range at(t, doc, doc, "components", "responses").(node) {
+		example := at(t, doc, response, "content", "application/json", "example")
+		if example != nil {
+			check(example, new(wireError))
 		}
 	}
-	strict(t, jsonText(at(t, doc, operation(t, doc, "GET /stats/{code}"), "responses", "200", "content", "application/json", "example")), new(wireStats))
-	strict(t, jsonText(at(t, doc, operation(t, doc, "POST /shorten"), "responses", "201", "content", "application/json", "example")), new(wireLink))
+	for pattern, c := range map[string]struct {
+		status string
+		dst    any
+	}{
+		"GET /stats/{code}": {"200", new(wireStats)},
+		"POST /shorten":     {"201", new(wireLink)},
+	} {
+		op := operation(t, doc, pattern)
+		check(at(t, doc, op, "responses", c.status, "content", "application/json", "example"), c.dst)
+	}
+}
 
+// TestOpenAPIRequests sends every example request, and every documented field and parameter with a
+// wrong value: the answer must name it.
+func TestOpenAPIRequests(t *testing.T) {
+	doc := readOpenAPI(t)
 	a := startApp(t)
 	get[wireUser](t, a, 201, "POST", "/users", annJSON)
 	addLink(t, a, "https://example.com/", "first")
-	known := map[string]bool{}
 	for _, rt := range a.routes() {
-		method, path, _ := strings.Cut(rt.pattern, " ")
-		url := a.url + strings.NewReplacer("{id}", "1", "{code}", "first").Replace(path)
+		method, route, _ := strings.Cut(rt.pattern, " ")
+		target := a.url + strings.NewReplacer("{id}", "1", "{code}", "first").Replace(route)
 		op := operation(t, doc, rt.pattern)
-		params, _ := at(t, doc, op, "parameters").([]any)
-		for _, p := range params {
+		for _, p := range elements(op["parameters"]) {
 			name := at(t, doc, p, "name").(string)
-			if known[name] = true; at(t, doc, p, "in") != "query" {
+			if at(t, doc, p, "in") != "query" {
 				continue
 			}
-			r := do(t, method, url+"?"+name+"=%01", "")
-			var e wireError
-			if r.json(t, &e); r.status != 400 || e.Fields[name] == "" {
+			r := do(t, method, target+"?"+name+"=%01", "")
+			if got := refusedFields(t, r); got[name] == "" {
 				t.Errorf("%s does not read %s: %d %s", rt.pattern, name, r.status, r.body)
 			}
 		}
 		content, _ := at(t, doc, op, "requestBody", "content").(node)
 		for media, c := range content {
 			example := at(t, doc, c, "example")
-			if example == nil {
-				if media != "multipart/form-data" { // has no text form; the contract run sends it
-					t.Errorf("%s has no example in %s", rt.pattern, media)
-				}
+			if media == "multipart/form-data" { // has no text form; the REST cases send it
 				continue
 			}
-			body, isText := example.(string)
-			if !isText {
-				body = jsonText(example)
+			r := do(t, method, target, bodyOf(t, media, example), "Content-Type: "+media)
+			documented := at(t, doc, op, "responses", strconv.Itoa(r.status))
+			if r.status >= 300 || documented == nil {
+				t.Errorf("%s with its example as %s: %d %s", rt.pattern, media, r.status, r.body)
 			}
-			responses := at(t, doc, op, "responses").(node)
-			if r := do(t, method, url, body, "Content-Type: "+media); r.status >= 300 || responses[strconv.Itoa(r.status)] == nil {
-				t.Errorf("%s with its example: %d %s", rt.pattern, r.status, r.body)
+			if media == "application/json" {
+				checkRequestFields(t, doc, method, target, c)
 			}
-			if media != "application/json" {
-				continue
-			}
-			schema := at(t, doc, c, "schema")
-			bulk := at(t, doc, schema, "type") == "array"
-			if bulk {
-				schema = at(t, doc, schema, "items")
-			}
-			names := properties(t, doc, schema)
-			if len(names) == 0 {
-				t.Errorf("%s has no request fields", rt.pattern)
-			}
-			for _, name := range names {
-				known[name] = true
-				body := fmt.Sprintf(`{%q:[]}`, name)
-				if bulk {
-					body = "[" + body + "]"
-				}
-				r := do(t, method, url, body)
-				fields := wireError{}.Fields
-				if bulk {
-					var e wireBulk
-					r.json(t, &e)
-					if len(e.Results) == 1 {
-						fields = e.Results[0].Fields
-					}
-				} else {
-					var e wireError
-					r.json(t, &e)
-					fields = e.Fields
-				}
-				if why := fields[name]; why == "" || why == "is required" {
-					t.Errorf("%s does not read %s: %d %s", rt.pattern, name, r.status, r.body)
-				}
-			}
-		}
-	}
-	for name, where := range fieldsRead(t) {
-		if !known[name] {
-			t.Errorf("%s reads %q, which is not in openapi.yaml", where, name)
 		}
 	}
 }
 
-// fieldsRead finds the names of request fields and parameters in the handlers' source: the string literals they give to the
-// getters of fields and query, and to readLink's name.
-func fieldsRead(t testing.TB) map[string]string {
+// bodyOf is an example as a body of a media type.
+func bodyOf(t testing.TB, media string, example any) string {
 	t.Helper()
-	getters := map[string]bool{"text": true, "id": true, "flag": true, "object": true, "future": true, "has": true, "int": true, "filterInt": true, "Has": true, "name": true}
-	found := map[string]string{}
-	for _, file := range []string{"urls.go", "users.go", "events.go", "input.go"} {
+	if text, isText := example.(string); isText {
+		return text
+	}
+	if media == "application/x-www-form-urlencoded" {
+		form := url.Values{}
+		for name, value := range example.(node) {
+			form.Set(name, fmt.Sprint(value))
+		}
+		return form.Encode()
+	}
+	text, err := json.Marshal(example)
+	if err != nil || example == nil {
+		t.Fatalf("%s: %v, %v", media, example, err)
+	}
+	return string(text)
+}
+
+// checkRequestFields sends the example of a request with each of its fields in turn as an array of
+// numbers, which no field may be.
+func checkRequestFields(t *testing.T, doc node, method, target string, content any) {
+	t.Helper()
+	example := at(t, doc, content, "example")
+	schema := at(t, doc, content, "schema")
+	items := elements(example)
+	if len(items) > 0 {
+		example = items[0]
+		schema = at(t, doc, schema, "items")
+	}
+	names := properties(t, doc, schema)
+	if len(names) == 0 {
+		t.Errorf("%s %s has no request fields", method, target)
+	}
+	for _, name := range names {
+		wrong := maps.Clone(example.(node))
+		wrong[name] = []any{1}
+		body := bodyOf(t, "application/json", wrong)
+		if len(items) > 0 {
+			body = "[" + body + "]"
+		}
+		r := do(t, method, target, body)
+		if why := refusedFields(t, r)[name]; why == "" || why == "is required" {
+			t.Errorf("%s %s does not read %s: %d %s", method, target, name, r.status, r.body)
+		}
+	}
+}
+
+// refusedFields are the fields that an answer finds fault with, or the first item of a bulk answer.
+func refusedFields(t testing.TB, r reply) map[string]string {
+	t.Helper()
+	var bulk wireBulk
+	r.json(t, &bulk)
+	if len(bulk.Results) > 0 {
+		return bulk.Results[0].Fields
+	}
+	var e wireError
+	r.json(t, &e)
+	return e.Fields
+}
+
+// fieldGetters are the methods that take a field or a parameter by its name.
+var fieldGetters = []string{
+	"expiry", "flag", "flagOrNull", "future", "has", "hasAny", "id", "int", "nameOf", "null",
+	"object", "target", "text", "unchanged", "Get",
+}
+
+// TestOpenAPINames finds the names of all fields and parameters in the handlers' source, as the
+// string literals that they give to the getters, and looks for them in the document.
+func TestOpenAPINames(t *testing.T) {
+	doc := readOpenAPI(t)
+	known := map[string]bool{}
+	for name := range at(t, doc, doc, "components", "parameters").(node) {
+		known[name] = true
+	}
+	for _, item := range at(t, doc, doc, "paths").(node) {
+		for _, op := range item.(node) {
+			for _, p := range elements(at(t, doc, op, "parameters")) {
+				known[at(t, doc, p, "name").(string)] = true
+			}
+			content, _ := at(t, doc, op, "requestBody", "content").(node)
+			for _, c := range content {
+				schema := at(t, doc, c, "schema")
+				for _, s := range []any{schema, at(t, doc, schema, "items")} {
+					for _, name := range properties(t, doc, s) {
+						known[name] = true
+					}
+				}
+			}
+		}
+	}
+	read := map[string]string{}
+	for _, file := range []string{"input.go", "urls.go", "users.go", "events.go"} {
 		tree, err := parser.ParseFile(token.NewFileSet(), file, nil, 0)
 		if err != nil {
 			t.Fatal(err)
 		}
 		ast.Inspect(tree, func(n ast.Node) bool {
-			call, ok := n.(*ast.CallExpr)
-			if !ok {
-				return true
-			}
-			callee := ""
-			switch f := call.Fun.(type) {
-			case *ast.SelectorExpr:
-				callee = f.Sel.Name
-			case *ast.Ident:
-				callee = f.Name
-			}
-			if getters[callee] {
-				for _, arg := range call.Args {
-					if lit, ok := arg.(*ast.BasicLit); ok && lit.Kind == token.STRING {
-						name, _ := strconv.Unquote(lit.Value)
-						found[name] = file
-					}
-				}
+			for _, name := range namesTaken(n) {
+				read[name] = file
 			}
 			return true
 		})
 	}
-	if len(found) < 15 {
-		t.Fatalf("only %v found", found)
+	if len(read) < 20 {
+		t.Errorf("only %v found", read)
 	}
-	return found
+	for name, file := range read {
+		if !known[name] {
+			t.Errorf("%s reads %q, which is not in openapi.json", file, name)
+		}
+	}
 }
 
-// checkStatuses compares what each route answered in a contract run with what is documented, both ways.
-func checkStatuses(t *testing.T, seen seenStatuses) {
+// namesTaken are the field names that n, if it is a call of a getter, gives to it.
+func namesTaken(n ast.Node) []string {
+	call, isCall := n.(*ast.CallExpr)
+	if !isCall {
+		return nil
+	}
+	method, isMethod := call.Fun.(*ast.SelectorExpr)
+	if !isMethod || !slices.Contains(fieldGetters, method.Sel.Name) {
+		return nil
+	}
+	var names []string
+	for _, arg := range call.Args {
+		literal, isLiteral := arg.(*ast.BasicLit)
+		if !isLiteral || literal.Kind != token.STRING {
+			continue
+		}
+		name, err := strconv.Unquote(literal.Value)
+		if err == nil && strings.ToLower(name) == name { // header names are not
+			names = append(names, name)
+		}
+	}
+	return names
+}
+
+// ---- what the REST cases saw ----
+
+// recorded is one answer and the request for it, for scripts/apidoc.sh to judge.
+type recorded struct {
+	Case        string      `json:"case"`  // file and line
+	Route       string      `json:"route"` // "METHOD /path" of the API document, "page" or "none"
+	Path        string      `json:"path"`
+	RequestType string      `json:"request_type"`
+	Request     string      `json:"request"`
+	Status      int         `json:"status"`
+	Header      http.Header `json:"header"`
+	Body        string      `json:"body"`
+}
+
+// maxRecorded is the longest request that is kept, in bytes. Longer ones are those that are refused
+// for their size.
+const maxRecorded = 64 << 10
+
+// recorder keeps all answers of a run.
+type recorder struct {
+	mux     *http.ServeMux // knows of a request which route it is for
+	pages   map[string]bool
+	answers []recorded
+}
+
+// newRecorder returns a recorder that has seen nothing.
+func newRecorder() *recorder {
+	rec := &recorder{mux: http.NewServeMux(), pages: map[string]bool{}}
+	for _, rt := range new(Server).routes() {
+		rec.mux.Handle(rt.pattern, http.NotFoundHandler())
+	}
+	for _, rt := range new(Server).pages() {
+		rec.mux.Handle(rt.pattern, http.NotFoundHandler())
+		rec.pages[rt.pattern] = true
+	}
+	return rec
+}
+
+// add keeps one answer.
+func (rec *recorder) add(name, method, target string, headers []string, body string, r reply) {
+	if len(body) > maxRecorded {
+		body = ""
+	}
+	answer := recorded{
+		Case:    name,
+		Route:   rec.route(method, target),
+		Path:    target,
+		Request: body,
+		Status:  r.status,
+		Header:  r.header,
+		Body:    r.body,
+	}
+	if body != "" {
+		answer.RequestType = "application/json"
+	}
+	for _, h := range headers {
+		if media, ok := strings.CutPrefix(h, "Content-Type: "); ok {
+			answer.RequestType = media
+		}
+	}
+	rec.answers = append(rec.answers, answer)
+}
+
+// route is the documented route of a request, "page" for what only browsers ask for, or "none". The
+// mux would clean paths, hop does not; but hop leaves off a slash after a code.
+func (rec *recorder) route(method, target string) string {
+	req, err := http.NewRequest(method, "http://hop.test"+target, nil)
+	if err != nil {
+		return "none"
+	}
+	if req.URL.Path != path.Clean(req.URL.Path) {
+		req.URL.Path = strings.TrimSuffix(req.URL.Path, "/")
+		_, pattern := rec.mux.Handler(req)
+		if req.URL.Path == path.Clean(req.URL.Path) && pattern == "GET /{code}" {
+			return pattern
+		}
+		return "none"
+	}
+	_, pattern := rec.mux.Handler(req)
+	switch {
+	case pattern == "":
+		return "none"
+	case rec.pages[pattern]:
+		return "page"
+	}
+	return pattern
+}
+
+// statuses are the statuses that each route answered.
+func (rec *recorder) statuses() map[string]map[string]bool {
+	all := map[string]map[string]bool{}
+	for _, a := range rec.answers {
+		if all[a.Route] == nil {
+			all[a.Route] = map[string]bool{}
+		}
+		all[a.Route][strconv.Itoa(a.Status)] = true
+	}
+	return all
+}
+
+// save writes what was recorded to the file that REST_RECORD names, one answer a line.
+func (rec *recorder) save(t *testing.T) {
+	t.Helper()
+	name := os.Getenv("REST_RECORD")
+	if name == "" {
+		return
+	}
+	var b bytes.Buffer
+	enc := json.NewEncoder(&b)
+	for _, a := range rec.answers {
+		if err := enc.Encode(a); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.WriteFile(name, b.Bytes(), 0o644); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// checkStatuses compares what each route answered with what is documented, both ways.
+func checkStatuses(t *testing.T, rec *recorder) {
 	if strings.Contains(flag.Lookup("test.run").Value.String(), "/") {
-		t.Skip("only a part of the contract was run")
+		t.Skip("only a part of the cases was run")
 	}
 	doc := readOpenAPI(t)
-	compare := func(route string, op any, saw map[int]bool) {
-		documented := map[string]bool{}
-		for status := range at(t, doc, op, "responses").(node) {
-			if documented[status] = true; at(t, doc, op, "responses", status, "description") == nil {
-				t.Errorf("%s: %s has no description", route, status)
+	seen := rec.statuses()
+	compare := func(route string, op any) {
+		responses, _ := at(t, doc, op, "responses").(node)
+		for status := range seen[route] {
+			if responses[status] == nil {
+				t.Errorf("%s answered %s, which is not in openapi.json", route, status)
 			}
 		}
-		for status := range saw {
-			if !documented[strconv.Itoa(status)] {
-				t.Errorf("%s answered %d, which is not in openapi.yaml", route, status)
-			}
-			delete(documented, strconv.Itoa(status))
-		}
-		for status := range documented {
-			if status != "default" {
-				t.Errorf("%s never answered the %s of openapi.yaml", route, status)
+		for status := range responses {
+			if status != "default" && !seen[route][status] {
+				t.Errorf("%s never answered the %s of openapi.json", route, status)
 			}
 		}
 	}
 	for _, rt := range new(Server).routes() {
-		compare(rt.pattern, operation(t, doc, rt.pattern), seen[rt.pattern])
+		compare(rt.pattern, operation(t, doc, rt.pattern))
 	}
-	compare("none", doc["x-unlisted"], seen["none"])
-	if seen[""][http.StatusInternalServerError] || len(seen) == 0 {
-		t.Errorf("%v", seen)
+	compare("none", doc["x-unlisted"])
+}
+
+// ---- what guards every route ----
+
+// checkGuards asks every route without a token, with one that only reads, as a browser from another
+// site, with headers that are too large, and while too much is in flight.
+func checkGuards(t *testing.T, redis string, rec *recorder) {
+	const reader = "reader-reader-reader-reader-reader"
+	doc := readOpenAPI(t)
+	a := startREST(t, redis, []string{"API_TOKEN=" + anyToken, "READ_TOKEN=" + reader})
+	filled := strings.NewReplacer("{code}", "unknown", "{id}", "99")
+	for _, rt := range a.routes() {
+		method, route, _ := strings.Cut(rt.pattern, " ")
+		target := filled.Replace(route)
+		ask := func(headers ...string) reply {
+			r := do(t, method, a.url+target, "", headers...)
+			rec.add("guards", method, target, headers, "", r)
+			return r
+		}
+		op := operation(t, doc, rt.pattern)
+		_, own := op["security"]
+		open := own && len(elements(op["security"])) == 0
+		if r := ask(); open == (r.status == http.StatusUnauthorized) {
+			t.Errorf("%s without a token: %d, documented as open: %v", rt.pattern, r.status, open)
+		} else if !open {
+			checkError(t, r, "unauthorized")
+		}
+		if r := ask("Authorization: Bearer " + reader); own == (r.status == http.StatusUnauthorized) {
+			t.Errorf("%s with the token that reads: %d, documented: %v", rt.pattern, r.status, own)
+		}
+		token := "Authorization: Bearer " + anyToken
+		if r := ask(token); r.status == http.StatusUnauthorized {
+			t.Errorf("%s with a token: %d", rt.pattern, r.status)
+		}
+		if method != "GET" {
+			r := ask("Sec-Fetch-Site: cross-site")
+			if r.status != http.StatusForbidden {
+				t.Errorf("%s from another site: %d", rt.pattern, r.status)
+			}
+			checkError(t, r, "cross_origin")
+		}
+		large := fmt.Sprintf("%s %s HTTP/1.1\nX-A: %s\n\n", method, target, strings.Repeat("a", 2<<20))
+		r := sendRaw(t, a, large)
+		rec.add("guards", method, target, nil, "", r)
+		if r.status != http.StatusRequestHeaderFieldsTooLarge {
+			t.Errorf("%s with large headers: %d", rt.pattern, r.status)
+		}
+		a.inflight.n.Add(1 << 20)
+		r = ask(token)
+		a.inflight.n.Add(-1 << 20)
+		if strings.HasPrefix(route, "/health") {
+			if r.status != http.StatusOK {
+				t.Errorf("%s with too much in flight: %d", rt.pattern, r.status)
+			}
+			continue
+		}
+		if r.status != http.StatusServiceUnavailable {
+			t.Errorf("%s with too much in flight: %d", rt.pattern, r.status)
+		}
+		checkError(t, r, "overloaded")
 	}
 }

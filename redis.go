@@ -4,10 +4,12 @@ import (
 	"bytes"
 	"context"
 	"crypto/rand"
+	"crypto/tls"
 	"errors"
+	"fmt"
 	"log/slog"
 	mathrand "math/rand/v2"
-	"slices"
+	"net"
 	"strconv"
 	"strings"
 	"sync"
@@ -17,466 +19,462 @@ import (
 	"github.com/gomodule/redigo/redis"
 )
 
-// redisTier is the cache that replicas share. A key u:<code> holds one of
+// redisTier is the cache that replicas share. What a code leads to stands under the key
+// hop:<database>:<generation>:<code>, and is one of
 //
 //	<id> <expires> <url>  what the code leads to (base 36, unix seconds), for valueTTL
-//	-                     nothing, for sentinelTTL: spares PostgreSQL the guessers
-//	?<token>              a lease: the one reader who may fill it, after reading PostgreSQL, by compare-and-set on the token
-//	!                     a hold: a change is under way or just done; nobody may fill
+//	-                     nowhere, for unknownTTL: spares PostgreSQL the guessers
+//	?<token>              a reservation: its reader may fill the key after asking PostgreSQL
+//	!                     a hold: a change is under way or just done, and nobody may fill the key
 //
-// Nobody writes a value but a leased reader and warm, whose lease is a key of its own. usable and hold work on nil, which is a
-// Redis that nobody asked for: never usable, nothing to hold.
+// Only the holder of a reservation writes a value, and a hold takes every reservation away. The
+// generation is the name of a set of values; a new one leaves all old values unread, to expire.
+//
+// Without Redis hop still answers correctly. So an error of Redis is never an answer's error: it
+// stops hop from reading Redis until the next poll (poll.go) finds it well. All methods that
+// requests call work on a nil redisTier, which stands for no REDIS_URL.
 type redisTier struct {
-	pool  *redis.Pool
-	local *localTier
-	scan  func(after int64, n int) ([]namedTarget, error)
-	log   *slog.Logger
+	pool *redis.Pool
+	dial func() (redis.Conn, error)
+	gets *batcher[string, []byte]
+	log  *slog.Logger
 
-	gets    chan *getRequest
-	cold    chan struct{} // Redis answers again or was flushed: it may be empty
-	up      atomic.Bool   // the breaker: cleared by an error, set by an answered PING once all debts are paid
-	latency atomic.Int64  // of the last PING, in ns
-	lost    atomic.Int64  // when the breaker opened last, in unix ns: pooled connections from before may be dead
+	names    atomic.Pointer[keyNames] // nil until the database and a generation are known
+	answers  atomic.Bool              // Redis answered lately: changes are told to it
+	readable atomic.Bool              // and holds all changes that hop knows of: it may be read
+	missed   atomic.Int64             // changes that could not be held, and moves, ever
+	address  atomic.Value             // string: the server that all connections lead to
+	lost     atomic.Int64             // unix nanoseconds of the last failure
+	latency  atomic.Int64             // of the last poll's question, in nanoseconds
 
-	mu     sync.Mutex          // guards owed, banned and the setting of up; a leaf but for repay's Redis call
-	owed   map[string]struct{} // codes changed while Redis was out of reach
-	banned time.Time           // more was owed than is worth remembering: by then every value of that time has expired
+	mu       sync.Mutex        // guards refusals; a leaf
+	refusals map[string]string // by command: what Redis said when it refused it last
 }
 
 const (
-	redisTimeout = 100 * time.Millisecond // to connect, read and write: PostgreSQL answers faster than a sick Redis
-	valueTTL     = 10 * time.Minute       // ± 10 %, so that what was warmed at once does not expire at once
-	sentinelTTL  = time.Minute
-	leaseTTL     = 2 * time.Second        // longer than any read of PostgreSQL may take
-	holdTTL      = 5 * time.Second        // longer than a lease: who read before the change has lost it when the hold ends
-	maxOwed      = 100_000                // codes, about 10 MB
-	batchSize    = 64                     // keys in one MGET: beyond that batches cost latency and win nothing
-	warmChunk    = 1000                   // links in one pipeline: 283,000 SETs/s; larger ones only block Redis longer
-	pingEvery    = 500 * time.Millisecond // a quarter of trustFor: one lost PING costs nothing
-	retryEvery   = 200 * time.Millisecond // between attempts to connect
+	// redisWithin is how long connecting, a TLS handshake, and each answer of Redis may take.
+	// PostgreSQL answers faster than a Redis that needs longer.
+	redisWithin = 100 * time.Millisecond
 
-	warmKey     = "hop:warm" // stands while Redis is warm: an emptied Redis has lost it
-	pushChannel = "__redis__:invalidate"
-	hold        = "!"
-	noTarget    = "-"
+	valueTTL   = 10 * time.Minute // ± 10 %: what was filled at once must not expire at once
+	unknownTTL = time.Minute      // of codes that lead nowhere
+	reserveTTL = 2 * time.Second  // longer than any question to PostgreSQL takes
+	holdTTL    = 5 * time.Second  // longer than a reservation: a reader of the old row has lost it
+
+	// namesTTL is how long the keys that describe a generation outlive their last use.
+	namesTTL = 24 * time.Hour
+
+	// refusedPause is the time between two attempts at what Redis refuses: rights and settings
+	// change by hand.
+	refusedPause = 5 * time.Second
+
+	holdMark    = "!"
+	unknownMark = "-"
+	getWorkers  = 2 // one sends while the other receives
 )
 
-// fillScript sets a value if the reader's lease still stands.
-const fillScript = `if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3]) end`
-
-// getRequest waits for one value; done is closed when value or err is set.
-type getRequest struct {
-	code  string
-	value []byte
-	err   error
-	done  chan struct{}
+// keyNames are the names of hop's keys, for one database and one generation of values.
+type keyNames struct {
+	database   string
+	generation string
 }
 
+// code is the key of a code.
+func (n keyNames) code(code string) string {
+	return "hop:" + n.database + ":" + n.generation + ":" + code
+}
+
+// current is the key that holds the generation, and the server whose data it has.
+func (n keyNames) current() string { return "hop:" + n.database + "::generation" }
+
+// cursor is the key that says up to which transaction all changes are held in this generation.
+func (n keyNames) cursor() string { return "hop:" + n.database + ":" + n.generation + "::cursor" }
+
+// warm is the key that stands while a replica warms, or has warmed, this generation.
+func (n keyNames) warm() string { return "hop:" + n.database + ":" + n.generation + "::warm" }
+
+// lease is a key under which one chunk of a warm-up is written.
+func (n keyNames) lease() string {
+	return "hop:" + n.database + ":" + n.generation + "::lease:" + rand.Text()
+}
+
+// channel is where changes are told.
+func (n keyNames) channel() string { return "hop:" + n.database + "::changed" }
+
+// databaseName shortens a database's id to what names its keys: 40 bits tell two databases on one
+// Redis apart.
+func databaseName(id string) string { return id[:min(8, len(id))] }
+
+// errRedisDown is why Redis is not asked.
 var errRedisDown = errors.New("redis is out of reach")
 
-// openRedis prepares the tier for a redis:// URL, connecting to nothing; scan lists live links for warming.
-func openRedis(url string, local *localTier, scan func(int64, int) ([]namedTarget, error), log *slog.Logger) *redisTier {
-	dial := func() (redis.Conn, error) {
-		return redis.DialURL(url, redis.DialConnectTimeout(redisTimeout), redis.DialReadTimeout(redisTimeout), redis.DialWriteTimeout(redisTimeout))
+// openRedis prepares the tier. It connects to nothing.
+func openRedis(options redisOptions, log *slog.Logger) *redisTier {
+	r := &redisTier{log: log, refusals: map[string]string{}}
+	r.dial = func() (redis.Conn, error) {
+		conn, _, err := dialRedis(options)
+		return conn, err
 	}
-	r := &redisTier{local: local, scan: scan, log: log, gets: make(chan *getRequest, maxWaiting), cold: make(chan struct{}, 1), owed: map[string]struct{}{}}
-	r.pool = &redis.Pool{Dial: dial, MaxIdle: 16, IdleTimeout: time.Minute, // as many as there are misses and changes under way
-		TestOnBorrow: func(c redis.Conn, idle time.Time) error {
-			if time.Since(idle) < 10*time.Second && idle.UnixNano() > r.lost.Load() {
-				return nil // a PING each time would double the round trips
-			}
-			_, err := c.Do("PING")
-			return err
-		}}
-	for range 2 { // one sends while the other receives
-		go r.serveGets()
+	r.address.Store("")
+	r.pool = &redis.Pool{
+		Dial:         func() (redis.Conn, error) { return r.dialPlaced(options) },
+		MaxIdle:      16, // as many misses and changes are under way at once
+		IdleTimeout:  time.Minute,
+		TestOnBorrow: r.testIdle,
 	}
+	r.gets = newBatcher(getWorkers, r.getAll)
 	return r
 }
 
-func key(code string) string { return "u:" + code }
+// placedConn is a connection and the server that it leads to.
+type placedConn struct {
+	redis.Conn
+	address string
+}
 
-// usable says whether asking is worth while.
-func (r *redisTier) usable() bool { return r != nil && r.up.Load() }
+// dialPlaced opens a connection of the pool. Sentinels may name another server than before, while
+// the old one still answers: for a moment there are two masters. Then older connections are used no
+// more, and Redis is not read until a poll has told the new one what changed.
+func (r *redisTier) dialPlaced(options redisOptions) (redis.Conn, error) {
+	conn, address, err := dialRedis(options)
+	if err != nil {
+		return nil, err
+	}
+	before := r.address.Swap(address).(string)
+	if before != address && before != "" {
+		r.missed.Add(1)
+		r.readable.Store(false)
+		r.log.Warn("redis is another server now", "before", before, "now", address)
+	}
+	return placedConn{conn, address}, nil
+}
 
-// failed opens the breaker, unless Redis itself answered the error.
-func (r *redisTier) failed(err error) {
-	if answer := redis.Error(""); err != nil && !errors.As(err, &answer) && r.up.CompareAndSwap(true, false) {
-		r.lost.Store(time.Now().UnixNano())
+// dialRedis opens a connection to Redis, or to the master that the Sentinels name. It also returns
+// where that is.
+func dialRedis(options redisOptions) (redis.Conn, string, error) {
+	address := options.addresses[0]
+	if options.master != "" {
+		var err error
+		address, err = askSentinels(options)
+		if err != nil {
+			return nil, "", err
+		}
+	}
+	conn, err := redis.Dial("tcp", address, append(dialOptions(options, address),
+		redis.DialUsername(options.username),
+		redis.DialPassword(options.password),
+		redis.DialDatabase(options.db))...)
+	return conn, address, err
+}
+
+// dialOptions are what connections to Redis and to Sentinels have in common.
+func dialOptions(options redisOptions, address string) []redis.DialOption {
+	host, _, _ := net.SplitHostPort(address)
+	if options.serverName != "" {
+		host = options.serverName
+	}
+	return []redis.DialOption{
+		redis.DialConnectTimeout(redisWithin),
+		redis.DialReadTimeout(redisWithin),
+		redis.DialWriteTimeout(redisWithin),
+		redis.DialTLSHandshakeTimeout(redisWithin),
+		redis.DialUseTLS(options.tls),
+		redis.DialTLSConfig(&tls.Config{
+			ServerName:         host,
+			InsecureSkipVerify: options.skipVerify, // only when the URL asks for it
+		}),
+	}
+}
+
+// askSentinels returns the address of the master, from the first Sentinel that knows it.
+func askSentinels(options redisOptions) (string, error) {
+	err := errRedisDown
+	for _, sentinel := range options.addresses {
+		var conn redis.Conn
+		conn, err = redis.Dial("tcp", sentinel, append(dialOptions(options, sentinel),
+			redis.DialUsername(options.sentinelUsername),
+			redis.DialPassword(options.sentinelPassword))...)
+		if err != nil {
+			continue
+		}
+		var parts []string
+		parts, err = redis.Strings(conn.Do("SENTINEL", "get-master-addr-by-name", options.master))
+		conn.Close()
+		if err == nil && len(parts) == 2 {
+			return net.JoinHostPort(parts[0], parts[1]), nil
+		}
+	}
+	return "", fmt.Errorf("no Sentinel names the master %s: %w", options.master, err)
+}
+
+// testIdle decides whether a pooled connection that idled since then is used. Connections from
+// before a failure may lead to a server that is gone, and all must lead to the same server. The
+// rest is asked after 10 s only: asking each time would double the round trips.
+func (r *redisTier) testIdle(conn redis.Conn, since time.Time) error {
+	isElsewhere := conn.(placedConn).address != r.address.Load()
+	if isElsewhere || since.UnixNano() <= r.lost.Load() {
+		return errRedisDown
+	}
+	if time.Since(since) < 10*time.Second {
+		return nil
+	}
+	_, err := conn.Do("PING")
+	r.failed("PING", err)
+	return err
+}
+
+// usable says whether Redis may be read.
+func (r *redisTier) usable() bool { return r != nil && r.readable.Load() }
+
+// failed takes note of an error. When the connection failed, Redis is neither read nor told
+// anything until a poll finds it well. When Redis refused one command, it is logged once.
+func (r *redisTier) failed(command string, err error) {
+	if err == nil || errors.Is(err, redis.ErrNil) {
+		return
+	}
+	if refusal, ok := errors.AsType[redis.Error](err); ok {
+		r.refused(command, refusal)
+		return
+	}
+	r.lost.Store(time.Now().UnixNano())
+	answered := r.answers.Swap(false)
+	r.readable.Store(false)
+	if answered {
 		r.log.Warn("redis lost", "err", err)
 	}
 }
 
-// do sends one command on a pooled connection.
+// refused logs that Redis refuses a command, once for each thing it says about it.
+func (r *redisTier) refused(command string, refusal redis.Error) {
+	word, _, _ := strings.Cut(refusal.Error(), " ")
+	r.mu.Lock()
+	known := r.refusals[command] == word
+	r.refusals[command] = word
+	r.mu.Unlock()
+	if !known {
+		r.log.Warn("redis refuses, hop works without it", "command", command,
+			"err", refusal.Error())
+	}
+}
+
+// do sends one command.
 func (r *redisTier) do(command string, args ...any) (any, error) {
 	conn := r.pool.Get()
 	defer conn.Close()
+	return r.doOn(conn, command, args...)
+}
+
+// doOn is do on a connection of the caller's.
+func (r *redisTier) doOn(conn redis.Conn, command string, args ...any) (any, error) {
 	reply, err := conn.Do(command, args...)
-	r.failed(err)
+	r.failed(command, err)
 	return reply, err
 }
 
-// get returns the value of code, nil if there is none. Requests of one moment share an MGET.
-func (r *redisTier) get(code string) ([]byte, error) {
-	req := &getRequest{code: code, done: make(chan struct{})}
-	select {
-	case r.gets <- req:
-		<-req.done
-		return req.value, req.err
-	default:
-		return nil, errOverloaded
+// ---- reading ----
+
+// get returns the value of code, or nil if there is none. Questions of one moment share an MGET.
+func (r *redisTier) get(ctx context.Context, code string) ([]byte, error) {
+	return r.gets.ask(ctx, code)
+}
+
+// getAll is get for many codes.
+func (r *redisTier) getAll(_ context.Context, codes []string) ([][]byte, error) {
+	if !r.readable.Load() {
+		return nil, errRedisDown // it went while they queued
 	}
-}
-
-// serveGets answers get requests for ever, each within redisTimeout.
-func (r *redisTier) serveGets() {
-	for first := range r.gets {
-		batch := drain(r.gets, first, batchSize)
-		keys := make([]any, len(batch))
-		for i, req := range batch {
-			keys[i] = key(req.code)
-		}
-		values, err := make([][]byte, len(batch)), errRedisDown
-		if r.up.Load() { // it may have gone while they queued
-			if reply, failure := redis.ByteSlices(r.do("MGET", keys...)); failure == nil {
-				values, err = reply, nil
-			}
-		}
-		for i, req := range batch {
-			req.value, req.err = values[i], err
-			close(req.done)
-		}
+	conn := r.pool.Get()
+	defer conn.Close()
+	names := r.names.Load()
+	if !r.readable.Load() || names == nil {
+		return nil, errRedisDown // the connection leads to another server
 	}
-}
-
-// lease tries to become the reader who may fill code: a token, or "" when somebody else is or a hold stands. ok is false when
-// Redis could not be asked.
-func (r *redisTier) lease(code string) (token string, ok bool) {
-	token = "?" + rand.Text()
-	reply, err := r.do("SET", key(code), token, "NX", "PX", leaseTTL.Milliseconds())
-	if reply == nil {
-		token = ""
+	keys := make([]any, len(codes))
+	for i, code := range codes {
+		keys[i] = names.code(code)
 	}
-	return token, err == nil
+	return redis.ByteSlices(r.doOn(conn, "MGET", keys...))
 }
 
-// fill gives code's value to all replicas, if the lease still stands.
-func (r *redisTier) fill(code, lease string, t target) {
-	value, ttl := encodeTarget(t)
-	r.do("EVAL", fillScript, 1, key(code), lease, value, ttl)
-}
-
-// encodeTarget returns the value that stands for t and how many ms it may stand.
-func encodeTarget(t target) (string, int64) {
+// encodeTarget returns the value that stands for t, and for how many ms it may stand.
+func encodeTarget(t target) (value string, ttl int64) {
 	if t.id == 0 {
-		return noTarget, sentinelTTL.Milliseconds()
+		return unknownMark, unknownTTL.Milliseconds()
 	}
-	ttl := valueTTL.Milliseconds() * (90 + mathrand.Int64N(21)) / 100
+	ttl = valueTTL.Milliseconds() * (90 + mathrand.Int64N(21)) / 100
 	if t.expires != 0 {
-		ttl = max(1, min(ttl, time.Until(time.Unix(t.expires, 0)).Milliseconds()))
+		left := time.Until(time.Unix(t.expires, 0)).Milliseconds()
+		ttl = max(1, min(ttl, left))
 	}
 	b := make([]byte, 0, len(t.location[0])+24)
-	b = append(strconv.AppendInt(b, t.id, 36), ' ')
-	b = append(strconv.AppendInt(b, t.expires, 36), ' ')
-	return string(append(b, t.location[0]...)), ttl
+	b = strconv.AppendInt(b, t.id, 36)
+	b = append(b, ' ')
+	b = strconv.AppendInt(b, t.expires, 36)
+	b = append(b, ' ')
+	b = append(b, t.location[0]...)
+	return string(b), ttl
 }
 
-// decodeTarget reads a value; ok is false for leases, holds and what it does not understand.
+// decodeTarget reads a value. ok is false for no value, reservations, holds and what it does not
+// understand.
 func decodeTarget(value []byte) (t target, ok bool) {
-	if string(value) == noTarget {
-		return t, true
+	if string(value) == unknownMark {
+		return target{}, true
 	}
 	id, rest, _ := bytes.Cut(value, []byte(" "))
-	expires, url, ok := bytes.Cut(rest, []byte(" "))
-	if !ok {
-		return t, false
+	expires, url, found := bytes.Cut(rest, []byte(" "))
+	if !found {
+		return target{}, false
 	}
-	var err1, err2 error
-	t.id, err1 = strconv.ParseInt(string(id), 36, 64)
-	t.expires, err2 = strconv.ParseInt(string(expires), 36, 64)
+	var err error
+	t.id, err = strconv.ParseInt(string(id), 36, 64)
+	if err != nil || t.id <= 0 {
+		return target{}, false
+	}
+	t.expires, err = strconv.ParseInt(string(expires), 36, 64)
+	if err != nil {
+		return target{}, false
+	}
 	t.location = []string{string(url)}
-	return t, err1 == nil && err2 == nil && t.id > 0
+	return t, true
 }
 
-// hold vetoes fills of codes for holdTTL and tells every replica to forget them; false if that could not be done.
-func (r *redisTier) hold(codes []string) bool {
-	if r == nil {
-		return true
+// ---- filling ----
+
+// reserve makes the caller the one reader who may fill code. It returns a token for fill, or ""
+// when somebody else is filling it, or a change is under way, or Redis cannot say.
+func (r *redisTier) reserve(code string) string {
+	names := r.names.Load()
+	if names == nil {
+		return ""
 	}
-	return r.up.Load() && r.sendHolds(codes) == nil
+	token := "?" + rand.Text()
+	reply, err := r.do("SET", names.code(code), token, "NX", "PX", reserveTTL.Milliseconds())
+	if err != nil || reply == nil {
+		return ""
+	}
+	return token
 }
 
-// sendHolds holds codes in one pipeline.
-func (r *redisTier) sendHolds(codes []string) error {
+// fillScript sets a value if the reservation still stands. A Redis that hung meanwhile has let it
+// expire, so that a value that waited in its queue is not set.
+const fillScript = `
+	if redis.call('GET', KEYS[1]) == ARGV[1] then
+	    redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3])
+	end`
+
+// fill gives code's value to all replicas, if the reservation that token stands for still does.
+func (r *redisTier) fill(code, token string, t target) {
+	names := r.names.Load()
+	if names == nil {
+		return
+	}
+	value, ttl := encodeTarget(t)
+	r.do("EVAL", fillScript, 1, names.code(code), token, value, ttl)
+}
+
+// ---- changes ----
+
+// hold keeps everybody from filling codes for holdTTL. It returns false if that could not be done.
+func (r *redisTier) hold(codes []string) bool { return r.holdAll(codes, false) }
+
+// holdAndTell is hold, and tells all replicas by PUBLISH to forget codes.
+func (r *redisTier) holdAndTell(codes []string) bool { return r.holdAll(codes, true) }
+
+// holdAll holds codes in one pipeline. Nothing rests on the message: a Redis that refuses it has
+// still taken the holds.
+func (r *redisTier) holdAll(codes []string, tell bool) bool {
+	if r == nil {
+		return true // nobody else can remember them
+	}
+	names := r.names.Load()
+	if names == nil || !r.answers.Load() || !r.sendHolds(*names, codes, tell) {
+		r.missed.Add(1)
+		r.readable.Store(false) // until a poll has held what changed; see readFrom for the order
+		return false
+	}
+	return true
+}
+
+// sendHolds sends what holdAll describes and says whether Redis took the holds.
+func (r *redisTier) sendHolds(names keyNames, codes []string, tell bool) bool {
 	conn := r.pool.Get()
 	defer conn.Close()
 	for _, code := range codes {
-		conn.Send("SET", key(code), hold, "PX", holdTTL.Milliseconds())
+		conn.Send("SET", names.code(code), holdMark, "PX", holdTTL.Milliseconds())
+	}
+	if tell {
+		conn.Send("PUBLISH", names.channel(), strings.Join(codes, " "))
 	}
 	err := receiveAll(conn, len(codes))
-	r.failed(err)
-	return err
+	if err != nil {
+		r.failed("SET", err)
+		return false
+	}
+	if tell {
+		_, err := conn.Receive()
+		r.failed("PUBLISH", err)
+	}
+	return true
 }
 
-// receiveAll flushes a pipeline and returns the first error among its n replies, which Do("") would hide.
+// receiveAll flushes a pipeline and returns the first error among its next n replies, which
+// redigo's Do("") would hide.
 func receiveAll(conn redis.Conn, n int) error {
 	err := conn.Flush()
 	for range n {
-		if _, replyErr := conn.Receive(); err == nil {
+		_, replyErr := conn.Receive()
+		if err == nil {
 			err = replyErr
 		}
 	}
 	return err
 }
 
-// owe remembers codes that were changed but not held. This replica does not trust Redis again before they are.
-func (r *redisTier) owe(codes []string) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.up.Store(false)
-	for _, code := range codes {
-		r.owed[code] = struct{}{}
-	}
-	if len(r.owed) > maxOwed {
-		clear(r.owed)
-		r.banned = time.Now().Add(valueTTL * 11 / 10)
-	}
-}
-
-// repay holds what is owed and then trusts Redis again. Called when Redis has just answered.
-func (r *redisTier) repay() error {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	for len(r.owed) > 0 {
-		codes := make([]string, 0, warmChunk)
-		for code := range r.owed {
-			if codes = append(codes, code); len(codes) == warmChunk {
-				break
-			}
-		}
-		if err := r.sendHolds(codes); err != nil {
-			return err
-		}
-		for _, code := range codes {
-			delete(r.owed, code)
-		}
-	}
-	if time.Now().After(r.banned) && r.up.CompareAndSwap(false, true) {
-		r.log.Info("redis answers")
-		r.emptied()
-	}
-	return nil
-}
-
-// ---- tracking ----
-
-// track keeps the local tier coherent until ctx ends: Redis tells of every change to u:* on a connection that redirects its
-// invalidations to itself (two connections go deaf when the tracking one dies), and answered PINGs on the same connection prove
-// that it still does.
-func (r *redisTier) track(ctx context.Context) {
+// listen calls forget for every code that some replica says has changed, until ctx ends. It hurries
+// what the next poll would find anyway, so a message that is lost costs nothing but time.
+func (r *redisTier) listen(ctx context.Context, forget func(code string)) {
 	for ctx.Err() == nil {
-		err := r.trackOnce(ctx)
-		r.local.distrust()
-		if ctx.Err() == nil {
-			r.failed(err)
+		pause := redisWithin * 2
+		err := r.listenOnce(ctx, forget)
+		if refusal, ok := errors.AsType[redis.Error](err); ok {
+			r.refused("SUBSCRIBE", refusal)
+			pause = refusedPause
 		}
 		select {
-		case <-time.After(retryEvery):
+		case <-time.After(pause):
 		case <-ctx.Done():
 		}
 	}
 }
 
-// trackOnce is one connection's life.
-func (r *redisTier) trackOnce(ctx context.Context) error {
-	conn, err := r.pool.Dial()
+// listenOnce is one connection's life. A silent connection is given up after a while: its other end
+// may have gone without a word.
+func (r *redisTier) listenOnce(ctx context.Context, forget func(code string)) error {
+	const silence = 30 * time.Second
+	names := r.names.Load()
+	if names == nil || !r.answers.Load() {
+		return errRedisDown
+	}
+	conn, err := r.dial()
 	if err != nil {
 		return err
 	}
 	defer conn.Close()
-	id, err := conn.Do("CLIENT", "ID")
-	if err == nil {
-		_, err = conn.Do("CLIENT", "TRACKING", "ON", "REDIRECT", id, "BCAST", "PREFIX", key(""))
-	}
-	if err == nil {
-		_, err = conn.Do("SUBSCRIBE", pushChannel)
-	}
-	if err != nil {
+	stop := context.AfterFunc(ctx, func() { conn.Close() })
+	defer stop()
+	subscription := redis.PubSubConn{Conn: conn}
+	if err := subscription.Subscribe(names.channel()); err != nil {
 		return err
 	}
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	r.local.distrust() // what was filled while nobody listened
-	go r.ping(ctx, conn)
 	for {
-		reply, err := redis.Values(redis.ReceiveWithTimeout(conn, trustFor))
-		if err == nil {
-			err = r.hear(reply)
-		}
-		if err != nil {
-			return err
-		}
-	}
-}
-
-// hear takes one message: the answer to a PING, or keys that changed.
-func (r *redisTier) hear(message []any) error {
-	switch kind, _ := redis.String(message[0], nil); {
-	case kind == "pong":
-		ns, err := redis.Int64(message[1], nil)
-		if err == nil {
-			err = r.repay()
-		}
-		if err != nil {
-			return err
-		}
-		sent := r.local.start.Add(time.Duration(ns))
-		r.latency.Store(int64(time.Since(sent)))
-		r.local.trust(sent)
-	case kind == "message" && message[2] == nil: // FLUSHALL
-		r.local.distrust()
-		r.emptied()
-	case kind == "message":
-		keys, err := redis.Strings(message[2], nil)
-		for _, k := range keys {
-			r.local.drop(strings.TrimPrefix(k, key("")))
-		}
-		return err
-	}
-	return nil
-}
-
-// emptied wakes keepWarm.
-func (r *redisTier) emptied() {
-	select {
-	case r.cold <- struct{}{}:
-	default:
-	}
-}
-
-// ping sends the time on conn every pingEvery, the first at once, and closes it when ctx ends or a send fails.
-func (r *redisTier) ping(ctx context.Context, conn redis.Conn) {
-	defer conn.Close()
-	for tick := time.NewTicker(pingEvery); ; {
-		conn.Send("PING", int64(time.Since(r.local.start)))
-		if conn.Flush() != nil {
-			return
-		}
-		select {
-		case <-tick.C:
-		case <-ctx.Done():
-			tick.Stop()
-			return
-		}
-	}
-}
-
-// ---- warming ----
-
-// keepWarm warms Redis until ctx ends whenever it may have been emptied, one replica doing it for all. The first time it also
-// brings codes into the local tier, and then closes ready.
-func (r *redisTier) keepWarm(ctx context.Context, codes []string, ready chan<- struct{}) {
-	for {
-		select {
-		case <-r.cold:
-		case <-ctx.Done():
-			return
-		}
-		if reply, _ := r.do("SET", warmKey, 1, "NX", "PX", valueTTL.Milliseconds()); reply != nil && codes == nil {
-			r.warm(0)
-		}
-		if ready != nil {
-			r.fillLocal(codes)
-			close(ready)
-			codes, ready = nil, nil
-		}
-	}
-}
-
-// warm gives every live link to Redis that has no key there, in pipelines of warmChunk SETs, and returns the first keep codes.
-// Each chunk is read from PostgreSQL under a lease of its own, watched by the transaction that sets it: a chunk that arrives too
-// late to be true is not set at all. Memory does not grow with the number of links.
-func (r *redisTier) warm(keep int) (codes []string) {
-	var mu sync.Mutex // guards what follows and serialises the reads, while other workers set what they read before
-	var last, links int64
-	var failure error
-	var done bool
-	work := func() error {
-		conn := r.pool.Get()
-		defer conn.Close()
-		for {
-			mu.Lock()
-			if done {
-				mu.Unlock()
-				return nil
+		switch message := subscription.ReceiveWithTimeout(silence).(type) {
+		case redis.Message:
+			for code := range strings.FieldsSeq(string(message.Data)) {
+				forget(code)
 			}
-			lease := "hop:lease:" + rand.Text()
-			conn.Send("SET", lease, 1, "PX", leaseTTL.Milliseconds())
-			conn.Send("WATCH", lease)
-			err := receiveAll(conn, 2)
-			var chunk []namedTarget
-			if err == nil {
-				chunk, err = r.scan(last, warmChunk)
-			}
-			done, links = len(chunk) < warmChunk, links+int64(len(chunk))
-			for _, t := range chunk {
-				if last = t.id; len(codes) < keep {
-					codes = append(codes, t.code)
-				}
-			}
-			mu.Unlock()
-			if err == nil {
-				err = setChunk(conn, chunk)
-			}
-			if err != nil {
-				return err
-			}
-		}
-	}
-	start := time.Now()
-	var workers sync.WaitGroup
-	for range 3 { // one reads PostgreSQL, one writes to Redis, one waits for its answers
-		workers.Go(func() {
-			if err := work(); err != nil {
-				mu.Lock()
-				failure, done = err, true
-				mu.Unlock()
-			}
-		})
-	}
-	workers.Wait()
-	if failure != nil {
-		r.log.Warn("redis not warm", "links", links, "err", failure)
-		r.do("DEL", warmKey) // whoever hears of Redis next may try again
-		return codes
-	}
-	r.log.Info("redis warm", "links", links, "took", time.Since(start))
-	return codes
-}
-
-// setChunk sets the missing ones of chunk in one transaction, which fails as a whole when the watched lease has expired.
-func setChunk(conn redis.Conn, chunk []namedTarget) error {
-	conn.Send("MULTI")
-	for _, t := range chunk {
-		value, ttl := encodeTarget(t.target)
-		conn.Send("SET", key(t.code), value, "NX", "PX", ttl)
-	}
-	conn.Send("EXEC")
-	return receiveAll(conn, len(chunk)+2)
-}
-
-// fillLocal brings codes from Redis into the local tier.
-func (r *redisTier) fillLocal(codes []string) {
-	for chunk := range slices.Chunk(codes, warmChunk) {
-		keys, generations := make([]any, len(chunk)), make([]uint64, len(chunk))
-		for i, code := range chunk {
-			keys[i], generations[i] = key(code), r.local.generation(code)
-		}
-		values, _ := redis.ByteSlices(r.do("MGET", keys...)) // none after an error: it only leaves us colder
-		for i, value := range values {
-			if t, ok := decodeTarget(value); ok && t.id != 0 {
-				r.local.put(chunk[i], t, generations[i], localTTL, true)
-			}
+		case error:
+			return message
 		}
 	}
 }

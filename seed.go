@@ -1,357 +1,422 @@
 package main
 
 import (
-	"cmp"
+	"bytes"
 	"context"
 	"database/sql"
 	"embed"
-	"encoding/csv"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
-	"os"
-	"path/filepath"
-	"strconv"
 	"strings"
 	"time"
 
 	"github.com/lib/pq"
 )
 
-// The platform's CSVs: hop seed loads the three files in one transaction, hop export writes them back byte for byte, and
-// POST /users/bulk reads one of them with the same reader. A bad row stops the load, and nothing of it stays.
+// Loading CSV files: hop seed loads all of them in one transaction, POST /users/bulk one of them.
+// A bad row stops the load, and nothing of it stays. What the files are is said in tables.go.
 
+// seeds are the files that hop seed loads when it is given no directory.
+//
 //go:embed seeds/*.csv
 var seeds embed.FS
 
-// chunkRows go into one INSERT: enough to make the round trip cheap, few enough to keep memory flat.
-const chunkRows = 5000
+const (
+	// chunkRows go into one INSERT: enough to make the round trip cheap, few enough to keep memory
+	// flat.
+	chunkRows = 5000
 
-// column is a column of a file and of its table.
-type column struct {
-	name, cast string // cast is its SQL type
-	check      func(string) error
-	refers     string // to the ids of this file; an empty field is then NULL
-	export     string // what an export selects, if not just the column
-}
-
-// csvTable is one of the files.
-type csvTable struct {
-	name    string
-	columns []column
-}
-
-// csvTables are the three files, in the order that their references need.
-func csvTables(rules targetRules) []csvTable {
-	at := func(name string) column { return column{name: name, cast: "timestamp", check: checkCSVTime} }
-	text := func(name string, check func(string) error) column {
-		return column{name: name, cast: "text", check: check}
-	}
-	ref := func(name, file string) column {
-		return column{name: name, cast: "bigint", check: checkID, refers: file}
-	}
-	id := column{name: "id", cast: "bigint", check: checkID}
-	active := column{name: "is_active", cast: "boolean", check: checkCSVBool, // a deleted link must not come back to life
-		export: `CASE WHEN is_active AND deleted_at IS NULL THEN 'True' ELSE 'False' END`}
-	details := column{name: "details", cast: "json", check: checkDetails}
-	return []csvTable{
-		{"users", []column{id, text("username", checkName), text("email", checkEmail), at("created_at")}},
-		{"urls", []column{id, ref("user_id", "users"), text("short_code", checkCode), text("original_url", rules.check),
-			text("title", checkTitle), active, at("created_at"), at("updated_at")}},
-		{"events", []column{id, ref("url_id", "urls"), ref("user_id", "users"), text("event_type", checkName), at("timestamp"), details}},
-	}
-}
-
-func checkID(s string) error {
-	n, err := strconv.ParseInt(s, 10, 64)
-	return expect(err == nil && n > 0 && n < 1<<53 && strconv.FormatInt(n, 10) == s, // leaves the sequence room
-		"must be a positive integer, not %q", s)
-}
-
-func checkCSVTime(s string) error {
-	t, err := time.Parse(csvTime, s)
-	return expect(err == nil && t.Year() > 0 && t.Format(csvTime) == s, "must be a time like 2026-01-31 12:00:00, not %q", s)
-}
-
-func checkCSVBool(s string) error {
-	return expect(s == "True" || s == "False", "must be True or False, not %q", s)
-}
-
-func checkTitle(s string) error {
-	return cmp.Or(expect(strings.TrimSpace(s) == s, "must not be padded with spaces: %q", s), checkText(s))
-}
-
-func checkDetails(s string) error {
-	return cmp.Or(expect(strings.HasPrefix(s, "{"), "must be a JSON object, not %q", s), checkJSON([]byte(s)))
-}
-
-// expect is nil if ok, else the error that format makes of s.
-func expect(ok bool, format, s string) error {
-	if ok {
-		return nil
-	}
-	return fmt.Errorf(format, s)
-}
-
-// rowError is a bad row: nothing was loaded.
-type rowError struct {
-	file           string
-	line           int
-	column, reason string
-}
-
-func (e *rowError) Error() string {
-	return fmt.Sprintf("%s.csv line %d, column %s: %s", e.file, e.line, e.column, e.reason)
-}
-
-// idSet is a set of ids: one bit each where they are dense, as ids are.
-type idSet map[int64]uint64
-
-// add is false if id was there.
-func (s idSet) add(id int64) bool { was := s.has(id); s[id>>6] |= 1 << (id & 63); return !was }
-
-func (s idSet) has(id int64) bool { return s[id>>6]>>(id&63)&1 == 1 }
+	// loadLock makes loads wait for each other: two that hold the same rows in other orders would
+	// deadlock. See the locks in store.go.
+	loadLock = 0x686f7004
+)
 
 // loader reads files into one transaction.
 type loader struct {
-	tx       *txn
-	ids      map[string]idSet // by file, of those read so far
+	tx       *sql.Tx
+	taken    func(t csvTable, line int, id int64) error // told of each row that is another's
 	progress func(file string, rows int)
 }
 
-// rows are some parsed rows of a file as columns, ready for unnest, and the line each came from.
-type rows struct {
-	columns []pq.StringArray
-	lines   []int
+// chunk is some rows of a file, all of them valid, as columns ready for unnest.
+type chunk struct {
+	columns []pq.StringArray // those of the file, then the derived ones
+	lines   []int            // where each row begins
 }
 
-// load reads one file to its end and returns how many rows it has. Rows that are there already stay as they are.
-func (l *loader) load(t csvTable, file io.Reader) (n int, err error) {
-	chunks, done := make(chan rows, 1), make(chan struct{})
-	var parseErr error
-	go func() { defer close(chunks); parseErr = l.parse(t, file, chunks, done) }() // while PostgreSQL inserts the chunk before
-	for chunk := range chunks {
-		if err == nil {
-			if err = l.insert(t, chunk); err != nil {
-				close(done)
+// load reads one file to its end and returns how many rows it has. Rows that are there already stay
+// as they are. The next chunk is read while PostgreSQL inserts the one before.
+func (l *loader) load(ctx context.Context, t csvTable, file io.Reader) (int, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	chunks := make(chan chunk, 1)
+	read := make(chan error, 1)
+	go func() {
+		read <- t.parse(file, func(c chunk) error {
+			select {
+			case chunks <- c:
+				return nil
+			case <-ctx.Done():
+				return ctx.Err()
 			}
-			n += len(chunk.lines)
-			l.progress(t.name, n)
+		})
+		close(chunks)
+	}()
+	count := 0
+	for c := range chunks {
+		err := l.insert(ctx, t, c)
+		if err != nil {
+			cancel()
+			<-read
+			return count, err
+		}
+		count += len(c.lines)
+		l.progress(t.name, count)
+	}
+	err := <-read
+	if err != nil {
+		return count, err
+	}
+	return count, l.moveSequence(ctx, t)
+}
+
+// moveSequence lets new rows of a table go on from its largest id.
+func (l *loader) moveSequence(ctx context.Context, t csvTable) error {
+	if t.optional {
+		return nil // its rows have no ids of their own
+	}
+	_, err := txExec(ctx, l.tx, fmt.Sprintf(`
+		SELECT setval('%[1]s_id_seq', top) FROM (SELECT max(id) AS top FROM %[1]s) AS t
+		WHERE top >= (SELECT last_value FROM %[1]s_id_seq)`, t.name))
+	return err
+}
+
+// parse reads a file and gives emit its rows in chunks. It ends with the file, with the first error
+// of emit, or with a *rowError.
+func (t csvTable) parse(file io.Reader, emit func(chunk) error) error {
+	r, err := newCSVReader(t.name+".csv", file, false)
+	if err != nil {
+		return err
+	}
+	if err := t.readHeader(r); err != nil {
+		return err
+	}
+	for {
+		c, err := t.readChunk(r)
+		if err != nil && err != io.EOF {
+			return err
+		}
+		if len(c.lines) > 0 {
+			if err := emit(c); err != nil {
+				return err
+			}
+		}
+		if err == io.EOF {
+			return nil
 		}
 	}
-	if err = cmp.Or(err, parseErr); err == nil {
-		l.tx.exec(fmt.Sprintf(`
-			SELECT setval('%[1]s_id_seq', top) FROM (SELECT max(id) AS top FROM %[1]s) AS t
-			WHERE top >= (SELECT last_value FROM %[1]s_id_seq)`, t.name))
-		err = l.tx.err
-	}
-	return n, err
 }
 
-// parse sends the rows of a file in chunks, all of them valid, until done is closed; or returns the first rowError.
-func (l *loader) parse(t csvTable, file io.Reader, chunks chan<- rows, done <-chan struct{}) error {
-	r := csv.NewReader(file)
-	r.ReuseRecord = true
-	header, err := r.Read()
+// readHeader reads the first row, which must name the columns in their order.
+func (t csvTable) readHeader(r *csvReader) error {
+	header, err := r.read()
 	if err != nil && err != io.EOF {
-		return t.readError(err)
+		return err
 	}
 	var names []string
 	for _, c := range t.columns {
 		names = append(names, c.name)
 	}
-	got := strings.TrimPrefix(strings.Join(header, ","), "\ufeff") // Excel writes the BOM
-	if len(header) != len(names) || got != strings.Join(names, ",") {
-		return &rowError{t.name, 1, "id", fmt.Sprintf("the header must be %s", strings.Join(names, ","))}
+	want := strings.Join(names, ",")
+	if len(header) != len(names) || strings.Join(header, ",") != want {
+		return &rowError{t.name + ".csv", 1, names[0], "the header must be " + want}
 	}
-	codes := map[string]bool{}
-	l.ids[t.name] = idSet{}
-	for err == nil {
-		chunk := rows{columns: make([]pq.StringArray, len(names))}
-		for len(chunk.lines) < chunkRows {
-			var record []string
-			if record, err = r.Read(); err == io.EOF {
-				break
-			} else if err != nil {
-				return t.readError(err)
-			}
-			line, _ := r.FieldPos(0)
-			for i, c := range t.columns {
-				v := strings.Clone(record[i]) // the reader's buffer holds the whole row
-				if err := l.check(t, c, v, codes); err != nil {
-					return &rowError{t.name, line, c.name, err.Error()}
-				}
-				chunk.columns[i] = append(chunk.columns[i], v)
-			}
-			chunk.lines = append(chunk.lines, line)
+	return nil
+}
+
+// readChunk reads and checks the next rows. Its error is io.EOF when they are the last.
+func (t csvTable) readChunk(r *csvReader) (chunk, error) {
+	c := chunk{columns: make([]pq.StringArray, len(t.columns)+len(t.derived))}
+	for len(c.lines) < chunkRows {
+		row, err := r.read()
+		if err != nil {
+			return c, err
 		}
-		select {
-		case chunks <- chunk:
-		case <-done:
-			return nil
+		for i, column := range t.columns {
+			row[i], err = column.read(row[i])
+			if err != nil {
+				return c, &rowError{t.name + ".csv", r.line(), column.name, err.Error()}
+			}
+		}
+		if t.derive != nil {
+			row = append(row, t.derive(row)...)
+		}
+		for i, field := range row {
+			c.columns[i] = append(c.columns[i], field)
+		}
+		c.lines = append(c.lines, r.line())
+	}
+	return c, nil
+}
+
+// read returns a field as it is to be stored, or what is wrong with it by itself or beside what the
+// files had before it. "" is NULL in a nullable column.
+func (c column) read(field string) (string, error) {
+	if field == "" && c.nullable {
+		return "", nil
+	}
+	value, err := c.check(field)
+	if err != nil {
+		return "", err
+	}
+	if c.unique != nil && !c.unique.add(value) {
+		return "", fmt.Errorf("%s stands in an earlier row", value)
+	}
+	if c.refers != nil && !c.refers.has(value) {
+		return "", fmt.Errorf("there is no row %s in %s", value, c.refers.file)
+	}
+	return value, nil
+}
+
+// withRows returns a statement in which ROWS stands for a chunk, given as the parameters from $1
+// on.
+func (t csvTable) withRows(statement string) string {
+	var names, params, values []string
+	add := func(name, value string) {
+		names = append(names, name)
+		params = append(params, fmt.Sprintf("$%d::text[]", len(names)))
+		values = append(values, value+" AS "+name)
+	}
+	for _, c := range t.columns {
+		value := c.name
+		if c.nullable {
+			value = fmt.Sprintf("NULLIF(%s, '')", c.name)
+		}
+		add(c.name, value+"::"+c.cast)
+	}
+	for _, name := range t.derived {
+		add(name, name)
+	}
+	rows := fmt.Sprintf(`(SELECT %s, n FROM unnest(%s) WITH ORDINALITY AS field (%s, n)) AS row`,
+		strings.Join(values, ", "), strings.Join(params, ", "), strings.Join(names, ", "))
+	return strings.Replace(statement, "ROWS", rows, 1)
+}
+
+// args are the parameters for withRows.
+func (c chunk) args() []any {
+	args := make([]any, len(c.columns))
+	for i, values := range c.columns {
+		args[i] = values
+	}
+	return args
+}
+
+// insert adds the rows of a chunk that are not there yet, and tells of those whose place is taken.
+func (l *loader) insert(ctx context.Context, t csvTable, c chunk) error {
+	inserted, err := txExec(ctx, l.tx, t.withRows(t.insert), c.args()...)
+	if err != nil {
+		last := len(c.lines) - 1
+		return fmt.Errorf("%s.csv lines %d-%d: %w", t.name, c.lines[0], c.lines[last], err)
+	}
+	if t.same == "" || inserted == int64(len(c.lines)) {
+		return nil
+	}
+	type place struct{ number, id int64 }
+	rows, err := l.tx.QueryContext(ctx, t.withRows(`
+		SELECT n, id FROM ROWS WHERE NOT EXISTS (SELECT 1 FROM `+t.name+` WHERE `+t.same+`)
+		ORDER BY n`), c.args()...)
+	if err != nil {
+		return err
+	}
+	strangers, err := collect(rows, func(p *place) []any { return []any{&p.number, &p.id} })
+	if err != nil {
+		return err
+	}
+	for _, p := range strangers {
+		if err := l.taken(t, c.lines[p.number-1], p.id); err != nil {
+			return err
 		}
 	}
 	return nil
 }
 
-// check judges one field, by itself and by what the files had before it.
-func (l *loader) check(t csvTable, c column, v string, codes map[string]bool) error {
-	if v == "" && (c.refers != "" || c.name == "title") && c.name != "url_id" {
-		return nil // NULL: an owner who was deleted, a link without a title
-	}
-	if err := c.check(v); err != nil {
-		return err
-	}
-	id, _ := strconv.ParseInt(v, 10, 64)
-	if c.name == "short_code" {
-		defer func() { codes[v] = true }()
-	}
-	if c.name == "id" && !l.ids[t.name].add(id) || codes[v] && c.name == "short_code" {
-		return fmt.Errorf("%s stands in an earlier row", v)
-	}
-	return expect(c.refers == "" || l.ids[c.refers].has(id), "there is no row %s in "+c.refers+".csv", v)
+// refuseTaken ends a load at a row whose place is taken.
+func refuseTaken(t csvTable, line int, _ int64) error {
+	return &rowError{t.name + ".csv", line, t.taken.column, t.taken.reason}
 }
 
-// readError turns what encoding/csv says into a rowError; a failed read stays what it is.
-func (t csvTable) readError(err error) error {
-	if bad := (*csv.ParseError)(nil); errors.As(err, &bad) {
-		return &rowError{t.name, bad.Line, fmt.Sprint(bad.Column), bad.Err.Error()}
-	}
+// lockLoads waits until no other load is under way, in the whole database.
+func lockLoads(ctx context.Context, tx *sql.Tx) error {
+	_, err := txExec(ctx, tx, `SELECT pg_advisory_xact_lock($1)`, int64(loadLock))
 	return err
 }
 
-// insert adds the rows of a chunk that are not there yet. A link that is neither new nor the one that is there is refused.
-func (l *loader) insert(t csvTable, chunk rows) error {
-	if len(chunk.lines) == 0 {
-		return nil
-	}
-	var names, values, params []string
-	var args []any
-	for i, c := range t.columns {
-		names, values = append(names, c.name), append(values, fmt.Sprintf("NULLIF(%s, '')::%s", c.name, c.cast))
-		params, args = append(params, fmt.Sprintf("$%d::text[]", i+1)), append(args, chunk.columns[i])
-	}
-	n := l.tx.exec(fmt.Sprintf(`INSERT INTO %s (%[2]s) SELECT %s FROM unnest(%s) AS r (%[2]s) ON CONFLICT DO NOTHING`,
-		t.name, strings.Join(names, ", "), strings.Join(values, ", "), strings.Join(params, ", ")), args...)
-	if l.tx.err != nil {
-		return fmt.Errorf("%s.csv lines %d-%d: %w", t.name, chunk.lines[0], chunk.lines[len(chunk.lines)-1], l.tx.err)
-	}
-	if t.name != "urls" || n == int64(len(chunk.lines)) {
-		return nil
-	}
-	var at int
-	l.tx.row(nil, []any{&at}, `
-		SELECT n FROM unnest($1::text[], $2::text[]) WITH ORDINALITY AS r (id, code, n)
-		WHERE NOT EXISTS (SELECT 1 FROM urls WHERE urls.id = r.id::bigint AND urls.short_code = r.code) ORDER BY n LIMIT 1`,
-		chunk.columns[0], chunk.columns[2])
-	if at == 0 || l.tx.err != nil {
-		return l.tx.err
-	}
-	return &rowError{t.name, chunk.lines[at-1], "short_code", "the database has another link with this id or this code"}
-}
-
-// loadAll loads the files that open gives, all or nothing, and returns the rows of each.
-func (s *Store) loadAll(tables []csvTable, open func(name string) (io.ReadCloser, error), progress func(string, int)) ([]int, error) {
-	return inTx(context.Background(), s.back, func(tx *txn) (counts []int) {
-		tx.exec(`SET LOCAL idle_in_transaction_session_timeout = '60s'`) // rows may come from a slow client
-		l := loader{tx: tx, ids: map[string]idSet{}, progress: progress}
-		for _, t := range tables {
-			f, err := open(t.name + ".csv")
-			if err == nil {
-				defer f.Close()
-				var n int
-				n, err = l.load(t, f)
-				counts = append(counts, n)
-			}
-			if err != nil {
-				tx.err = err
-				break
-			}
-		}
-		return counts
-	})
-}
-
-// loadUsers loads one users.csv, all of it or nothing, one file at a time. It may take as long as backTimeout per chunk.
-func (s *Store) loadUsers(file io.Reader) (int, error) {
-	if s.down.Load() {
-		return 0, errUnavailable
-	}
-	if !s.bulk.enter() {
-		return 0, errOverloaded
-	}
-	defer s.bulk.leave()
-	open := func(string) (io.ReadCloser, error) { return io.NopCloser(file), nil }
-	counts, err := s.loadAll(csvTables(targetRules{})[:1], open, func(string, int) {})
-	if errors.As(err, new(*rowError)) || errors.As(err, new(*apiError)) {
-		return 0, err
-	} else if err != nil {
-		return 0, s.classify(err)
-	}
-	return counts[0], nil
-}
-
-// seed loads the three files of dir, all or nothing, and prints what it did.
-func (s *Store) seed(dir fs.FS, rules targetRules, out io.Writer) error {
+// seed loads the files of dir, all or nothing, and prints to out how far it is and what it did. It
+// can be run again: rows that are there stay as they are. A row whose id or code has become
+// another's is an error.
+func (s *Store) seed(ctx context.Context, dir fs.FS, out io.Writer) error {
 	start := time.Now()
-	open := func(name string) (io.ReadCloser, error) { return dir.Open(name) }
-	counts, err := s.loadAll(csvTables(rules), open, func(file string, n int) {
-		if n%100_000 == 0 {
-			fmt.Fprintf(out, "%s.csv: %d rows, %v\n", file, n, time.Since(start).Round(time.Second))
+	counts := map[string]int{}
+	progress := func(file string, rows int) {
+		counts[file] = rows
+		if rows%100_000 == 0 {
+			took := time.Since(start).Round(time.Second)
+			fmt.Fprintf(out, "%s.csv: %d rows, %v\n", file, rows, took)
 		}
+	}
+	err := s.inLongTx(ctx, nil, func(tx *sql.Tx) error {
+		if err := lockLoads(ctx, tx); err != nil {
+			return err
+		}
+		l := loader{tx: tx, taken: refuseTaken, progress: progress}
+		for _, t := range csvTables() {
+			if err := l.loadFrom(ctx, dir, t); err != nil {
+				return err
+			}
+		}
+		return nil
 	})
 	if err != nil {
 		return fmt.Errorf("nothing loaded: %w", err)
 	}
-	if _, err := s.back.Exec(`ANALYZE`); err != nil { // a plan without statistics sorts the whole table for each page
+	if err := s.analyze(ctx); err != nil {
 		return err
 	}
-	fmt.Fprintf(out, "loaded %d users, %d urls, %d events in %v\n", counts[0], counts[1], counts[2], time.Since(start).Round(time.Millisecond))
+	fmt.Fprintf(out, "loaded %d users, %d urls, %d events in %v\n", counts["users"],
+		counts["urls"], counts["events"], time.Since(start).Round(time.Millisecond))
 	return nil
 }
 
-// export writes the three files to dir as of one moment.
-func (s *Store) export(dir string) error {
-	_, err := inTx(context.Background(), s.back, func(t *txn) (none struct{}) {
-		t.exec(`SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY`)
-		t.exec(`SET LOCAL statement_timeout = 0`) // a statement lasts as long as its rows are written
-		t.err = errors.Join(t.err, os.MkdirAll(dir, 0o755))
-		for _, table := range csvTables(targetRules{}) {
-			if t.err == nil {
-				t.err = exportTable(t.Tx, table, filepath.Join(dir, table.name+".csv"))
-			}
-		}
-		return none
-	})
+// analyze brings the statistics of the tables up to date after a load: without them, plans sort a
+// whole table for each page of it.
+func (s *Store) analyze(ctx context.Context) error {
+	_, err := s.pg.background.ExecContext(ctx, `ANALYZE users, urls, events, clicks_daily`)
 	return err
 }
 
-// exportTable writes one file.
-func exportTable(tx *sql.Tx, t csvTable, name string) error {
-	f, err := os.Create(name)
+// loadFrom loads a file of dir. An optional one may be missing.
+func (l *loader) loadFrom(ctx context.Context, dir fs.FS, t csvTable) error {
+	file, err := dir.Open(t.name + ".csv")
+	if t.optional && errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
 	if err != nil {
 		return err
 	}
-	defer f.Close()
-	w := csv.NewWriter(f)
-	record, exprs, dest := make([]string, len(t.columns)), make([]string, len(t.columns)), make([]any, len(t.columns))
-	for i, c := range t.columns {
-		record[i], dest[i], exprs[i] = c.name, &record[i], c.export
-		if c.export == "" {
-			exprs[i] = fmt.Sprintf("COALESCE(%s::text, '')", c.name)
-		}
-	}
-	rows, err := tx.Query(fmt.Sprintf(`SELECT %s FROM %s ORDER BY id`, strings.Join(exprs, ", "), t.name))
+	defer file.Close()
+	_, err = l.load(ctx, t, file)
+	return err
+}
+
+// ---- an upload of users ----
+
+// maxConflicts is how many rows of an upload are named; the rest is counted.
+const maxConflicts = 100
+
+// bulkUsers is what became of an uploaded users.csv.
+type bulkUsers struct {
+	Imported  int           `json:"imported"` // rows of the file
+	Count     int           `json:"count"`    // the same
+	Conflicts []rowConflict `json:"conflicts,omitempty"`
+	Unnamed   int           `json:"more_conflicts,omitempty"` // beyond maxConflicts
+}
+
+// rowConflict is a row that changed nothing, since another user has its id.
+type rowConflict struct {
+	Line int   `json:"line"`
+	ID   int64 `json:"id"`
+}
+
+// loadUsers loads an uploaded users.csv, all of it or nothing. The whole file is read first, so
+// that a slow sender keeps neither rows nor a connection; it is held in memory until the end, and
+// the caller bounds it. Then it is checked, and only then written, one file at a time; a chunk may
+// take as long as backgroundWithin. The error is a *rowError for a bad row, that of file when it
+// cannot be read, or one of the store's.
+func (s *Store) loadUsers(ctx context.Context, file io.Reader) (bulkUsers, error) {
+	blocks, err := s.readBlocks(file)
+	defer func() { s.uploads.leaveAll(int64(len(blocks))) }()
 	if err != nil {
-		return err
+		return bulkUsers{}, err
 	}
-	defer rows.Close()
-	for w.Write(record); rows.Next(); w.Write(record) {
-		if err := rows.Scan(dest...); err != nil {
+	if !s.bulkLoads.enter() {
+		return bulkUsers{}, errOverloaded
+	}
+	defer s.bulkLoads.leave()
+	checkOnly := func(chunk) error { return nil }
+	err = usersTable(newIDSet("users.csv"), maxUploadedID).parse(blockReader(blocks), checkOnly)
+	if err != nil {
+		return bulkUsers{}, err
+	}
+	var result bulkUsers
+	err = s.inLongTx(ctx, nil, func(tx *sql.Tx) error {
+		if err := lockLoads(ctx, tx); err != nil {
 			return err
 		}
+		result, err = uploadUsers(ctx, tx, blockReader(blocks))
+		return err
+	})
+	if err != nil {
+		return bulkUsers{}, s.pg.classify(err)
 	}
-	w.Flush()
-	return errors.Join(rows.Err(), w.Error(), f.Close())
+	return result, nil
+}
+
+// uploadUsers loads users and notes each row that did not become what it says: an uploader is told
+// of changes too, where seed only stops at strangers.
+func uploadUsers(ctx context.Context, tx *sql.Tx, file io.Reader) (bulkUsers, error) {
+	var result bulkUsers
+	t := usersTable(newIDSet("users.csv"), maxUploadedID)
+	t.same = `users.id = row.id AND users.username = row.username AND users.email = row.email
+		AND users.created_at = row.created_at`
+	l := loader{
+		tx:       tx,
+		progress: func(string, int) {},
+		taken: func(_ csvTable, line int, id int64) error {
+			if len(result.Conflicts) < maxConflicts {
+				result.Conflicts = append(result.Conflicts, rowConflict{line, id})
+			} else {
+				result.Unnamed++
+			}
+			return nil
+		},
+	}
+	count, err := l.load(ctx, t, file)
+	result.Imported = count
+	result.Count = count
+	return result, err
+}
+
+// readBlocks reads a file to its end, into blocks that need no copying as it grows. Each returned
+// block has a place in uploads, also with an error: the caller gives them back.
+func (s *Store) readBlocks(file io.Reader) ([][]byte, error) {
+	var blocks [][]byte
+	for {
+		if !s.uploads.enter() {
+			return blocks, errOverloaded
+		}
+		block := make([]byte, 0, uploadBlock)
+		blocks = append(blocks, nil)
+		for len(block) < uploadBlock {
+			n, err := file.Read(block[len(block):uploadBlock])
+			block = block[:len(block)+n]
+			blocks[len(blocks)-1] = block
+			if err == io.EOF {
+				return blocks, nil
+			}
+			if err != nil {
+				return blocks, err
+			}
+		}
+	}
+}
+
+// blockReader reads blocks again.
+func blockReader(blocks [][]byte) io.Reader {
+	readers := make([]io.Reader, len(blocks))
+	for i, block := range blocks {
+		readers[i] = bytes.NewReader(block)
+	}
+	return io.MultiReader(readers...)
 }

@@ -1,13 +1,5 @@
 package main
 
-// The project's own seeds: seeds/{users,urls,events}.csv are made here, in the
-// shape of the platform's sets (contract, "The platform's CSVs") and with a
-// vocabulary of their own. After changing the generator, make them anew with
-//
-//	go test -run TestSeedsAreGenerated -update-seeds
-//
-// The same function makes the million links of the benchmarks.
-
 import (
 	"bufio"
 	"bytes"
@@ -15,6 +7,7 @@ import (
 	"encoding/json"
 	"flag"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"net/url"
 	"os"
@@ -27,6 +20,13 @@ import (
 	"time"
 )
 
+// The project's own seeds: seeds/{users,urls,events}.csv are made here, of made-up words. After
+// changing the generator, make them anew with
+//
+//	go test -run TestSeedsAreGenerated -update-seeds
+//
+// The same function makes the million links of the benchmarks.
+
 // What seeds/ holds. Change these only together with the files.
 const (
 	genSeed   = 20250607
@@ -35,7 +35,7 @@ const (
 	genEvents = 3422
 )
 
-// Header lines, field for field those of the platform.
+// The header lines.
 const (
 	genUsersHeader  = "id,username,email,created_at"
 	genURLsHeader   = "id,user_id,short_code,original_url,title,is_active,created_at,updated_at"
@@ -47,17 +47,17 @@ const (
 	genAlphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 	genCodeLen  = 6
 
-	// In the real set 216 of the 1,422 events after the created ones are
-	// deletions; as a fraction, so that other sizes keep the proportion.
-	genDeletedNum, genDeletedDen = 216, 1422
+	// Of the events after the created ones, 216 of 1,422 are deletions: a fraction, so that other
+	// sizes keep the proportion.
+	genDeletedNum = 216
+	genDeletedDen = 1422
 
-	// Real sets have 16-20 % of their links switched off.
-	genInactivePercent = 18
+	genInactivePercent = 18 // of the links
 )
 
-// Every time lies between genUsersFrom and genEnd. Rows are drawn independently,
-// so a link may be older than its owner and an event older than its link: the
-// real sets are like that, and the loader must not mind.
+// Every time lies between genUsersFrom and genEnd. Rows are drawn independently, so a link may be
+// older than its owner and an event older than its link: files that people bring are like that, and
+// the loader must not mind.
 var (
 	genUsersFrom = time.Date(2023, 7, 1, 0, 0, 0, 0, time.UTC).Unix()
 	genURLsFrom  = time.Date(2024, 7, 1, 0, 0, 0, 0, time.UTC).Unix()
@@ -96,13 +96,13 @@ var (
 
 var genUpdateSeeds = flag.Bool("update-seeds", false, "rewrite seeds/ from the generator")
 
-// writeSeeds writes users.csv, urls.csv and events.csv into dir. The same
-// arguments give the same bytes for ever. Each file has its own random stream,
-// so urls.csv does not depend on events; events below urls (0, say) writes
-// that many created events and no others. It streams: what it remembers is the
-// usernames and, per link, the code and 8 bytes.
+// writeSeeds writes users.csv, urls.csv and events.csv into dir. The same arguments give the same
+// bytes for ever. Each file has its own random stream, so urls.csv does not depend on events;
+// events below urls (0, say) writes that many created events and no others. It streams: what it
+// remembers is the usernames and, per link, the code and 8 bytes.
 func writeSeeds(dir string, seed uint64, users, urls, events int) error {
-	if users < 0 || urls < 0 || events < 0 || users == 0 && urls > 0 || urls == 0 && events > 0 {
+	negative := users < 0 || urls < 0 || events < 0
+	if negative || users == 0 && urls > 0 || urls == 0 && events > 0 {
 		return fmt.Errorf("writeSeeds: cannot make %d users, %d urls, %d events", users, urls, events)
 	}
 	// Past half of all usernames the search for a free one gets slow.
@@ -116,8 +116,10 @@ func writeSeeds(dir string, seed uint64, users, urls, events int) error {
 	if err != nil {
 		return err
 	}
-	return genFile(filepath.Join(dir, "urls.csv"), genURLsHeader, func(uw *csv.Writer) error {
-		return genFile(filepath.Join(dir, "events.csv"), genEventsHeader, func(ew *csv.Writer) error {
+	urlsFile := filepath.Join(dir, "urls.csv")
+	eventsFile := filepath.Join(dir, "events.csv")
+	return genFile(urlsFile, genURLsHeader, func(uw *csv.Writer) error {
+		return genFile(eventsFile, genEventsHeader, func(ew *csv.Writer) error {
 			owners := genWriteURLs(uw, ew, rand.New(rand.NewPCG(seed, 2)), users, urls, events)
 			if events > urls {
 				genWriteChanges(ew, rand.New(rand.NewPCG(seed, 3)), owners, events)
@@ -127,9 +129,8 @@ func writeSeeds(dir string, seed uint64, users, urls, events int) error {
 	})
 }
 
-// genFile creates path, writes the header, lets rows write the rest, and
-// closes it. Rows need not check their writes: the csv.Writer keeps the first
-// error, and it is returned here.
+// genFile creates path, writes the header, lets rows write the rest, and closes it. Rows need not
+// check their writes: the csv.Writer keeps the first error, and it is returned here.
 func genFile(path, header string, rows func(*csv.Writer) error) error {
 	f, err := os.Create(path)
 	if err != nil {
@@ -148,10 +149,11 @@ func genFile(path, header string, rows func(*csv.Writer) error) error {
 	return f.Close()
 }
 
-// genWriteUsers writes n users. Usernames are unique but for one pair, which
-// differs in its email: real sets have such pairs, and the loader must take them.
+// genWriteUsers writes n users. Usernames are unique but for one pair, which differs in its email:
+// files that people bring have such pairs, and the loader must take them.
 func genWriteUsers(w *csv.Writer, r *rand.Rand, n int) {
-	original, twin := 0, 0
+	original := 0
+	twin := 0
 	if n >= 2 {
 		original = 1 + r.IntN(n-1)
 		twin = original + 1 + r.IntN(n-original)
@@ -160,12 +162,15 @@ func genWriteUsers(w *csv.Writer, r *rand.Rand, n int) {
 	var twinHost int
 	used := make(map[string]bool, n)
 	for id := 1; id <= n; id++ {
-		name, host := genUsername(r, used), r.IntN(len(genHosts))
+		name := genUsername(r, used)
+		host := r.IntN(len(genHosts))
 		switch id {
 		case original:
-			twinName, twinHost = name, (host+1)%len(genHosts)
+			twinName = name
+			twinHost = (host + 1) % len(genHosts)
 		case twin:
-			name, host = twinName, twinHost
+			name = twinName
+			host = twinHost
 		}
 		w.Write([]string{strconv.Itoa(id), name, name + "@" + genHosts[host],
 			genTime(genBetween(r, genUsersFrom, genEnd))})
@@ -183,8 +188,8 @@ func genUsername(r *rand.Rand, used map[string]bool) string {
 	}
 }
 
-// genWriteURLs writes n links to uw and beside each, to ew, its created event
-// (the first maxEvents of them). It returns the owner of link id at [id-1].
+// genWriteURLs writes n links to uw and beside each, to ew, its created event (the first maxEvents
+// of them). It returns the owner of link id at [id-1].
 func genWriteURLs(uw, ew *csv.Writer, r *rand.Rand, users, n, maxEvents int) []int32 {
 	owners := make([]int32, n)
 	codes := make(map[uint64]struct{}, n)
@@ -205,7 +210,9 @@ func genWriteURLs(uw, ew *csv.Writer, r *rand.Rand, users, n, maxEvents int) []i
 		created := genBetween(r, genURLsFrom, genEnd)
 		updated := genBetween(r, created, genEnd)
 
-		row, user, at := strconv.Itoa(id), strconv.Itoa(owner), genTime(created)
+		row := strconv.Itoa(id)
+		user := strconv.Itoa(owner)
+		at := genTime(created)
 		uw.Write([]string{row, user, code, target, title, active, at, genTime(updated)})
 		if id <= maxEvents {
 			ew.Write([]string{row, row, user, "created", at,
@@ -215,8 +222,8 @@ func genWriteURLs(uw, ew *csv.Writer, r *rand.Rand, users, n, maxEvents int) []i
 	return owners
 }
 
-// genCode returns a code not yet in used, nor a reserved word, and adds it
-// there. Codes are kept as numbers: a third of what strings would cost.
+// genCode returns a code not yet in used, nor a reserved word, and adds it there. Codes are kept as
+// numbers: a third of what strings would cost.
 func genCode(r *rand.Rand, used map[uint64]struct{}) string {
 	const all = 62 * 62 * 62 * 62 * 62 * 62
 	for {
@@ -236,9 +243,9 @@ func genCode(r *rand.Rand, used map[uint64]struct{}) string {
 	}
 }
 
-// genWriteChanges writes the events after the created ones: the updated, then
-// the deleted, each kind spread over as many different links as there are. As
-// in the real sets they say nothing about urls.csv, and must not be replayed.
+// genWriteChanges writes the events after the created ones: the updated, then the deleted, each
+// kind spread over as many different links as there are. They say nothing about urls.csv, and must
+// not be replayed.
 func genWriteChanges(w *csv.Writer, r *rand.Rand, owners []int32, events int) {
 	n := len(owners)
 	deleted := (events - n) * genDeletedNum / genDeletedDen
@@ -246,9 +253,12 @@ func genWriteChanges(w *csv.Writer, r *rand.Rand, owners []int32, events int) {
 	for i := range links {
 		links[i] = int32(i + 1)
 	}
-	shuffle := func() { r.Shuffle(n, func(i, j int) { links[i], links[j] = links[j], links[i] }) }
+	shuffle := func() {
+		r.Shuffle(n, func(i, j int) { links[i], links[j] = links[j], links[i] })
+	}
 	shuffle()
-	for id, k := n+1, 0; id <= events; id, k = id+1, k+1 {
+	k := 0
+	for id := n + 1; id <= events; id++ {
 		kind := "updated"
 		if id > events-deleted {
 			kind = "deleted"
@@ -258,18 +268,21 @@ func genWriteChanges(w *csv.Writer, r *rand.Rand, owners []int32, events int) {
 			k = 0
 		}
 		link := links[k%n]
-		w.Write([]string{strconv.Itoa(id), strconv.Itoa(int(link)), strconv.Itoa(int(owners[link-1])),
+		owner := owners[link-1]
+		w.Write([]string{strconv.Itoa(id), strconv.Itoa(int(link)), strconv.Itoa(int(owner)),
 			kind, genTime(genBetween(r, genURLsFrom, genEnd)), genDetails(r, kind)})
+		k++
 	}
 }
 
-// genDetails returns the details of an updated or a deleted event. The new
-// value of is_active is a word that means nothing, as it is in the real sets.
+// genDetails returns the details of an updated or a deleted event. The new value of is_active is a
+// word that means nothing.
 func genDetails(r *rand.Rand, kind string) string {
 	if kind == "deleted" {
 		return `{"reason":"` + genPick(r, genReasons) + `"}`
 	}
-	field, value := genPick(r, genFields), genPick(r, genVerbs)
+	field := genPick(r, genFields)
+	value := genPick(r, genVerbs)
 	if field == "original_url" {
 		value = "https://" + genPick(r, genHosts) + "/" + genPick(r, genSecond) + "/" +
 			strconv.Itoa(1+r.IntN(9999))
@@ -286,8 +299,8 @@ func genBetween(r *rand.Rand, from, to int64) int64 { return from + r.Int64N(to-
 // genTime writes a Unix time as the CSVs do.
 func genTime(sec int64) string { return time.Unix(sec, 0).UTC().Format(genLayout) }
 
-// TestSeedsAreGenerated holds seeds/ to be exactly what the generator makes;
-// with -update-seeds it makes it so.
+// TestSeedsAreGenerated holds seeds/ to be exactly what the generator makes; with -update-seeds it
+// makes it so.
 func TestSeedsAreGenerated(t *testing.T) {
 	dir := t.TempDir()
 	if err := writeSeeds(dir, genSeed, genUsers, genURLs, genEvents); err != nil {
@@ -310,13 +323,14 @@ func TestSeedsAreGenerated(t *testing.T) {
 			t.Fatal(err)
 		}
 		if !bytes.Equal(got, want) {
-			t.Errorf("%s is not what the generator makes: go test -run TestSeedsAreGenerated -update-seeds", path)
+			t.Errorf("%s is not what the generator makes: "+
+				"go test -run TestSeedsAreGenerated -update-seeds", path)
 		}
 	}
 }
 
-// TestSeedShape reads seeds/ as a stranger would and checks every fact the
-// contract states about the platform's sets, plus the one pair of equal usernames.
+// TestSeedShape reads seeds/ as a stranger would and checks every fact that is said of such files,
+// and the one pair of equal usernames.
 func TestSeedShape(t *testing.T) {
 	users := genRead(t, "users.csv", genUsersHeader, genUsers)
 	urls := genRead(t, "urls.csv", genURLsHeader, genURLs)
@@ -326,8 +340,8 @@ func TestSeedShape(t *testing.T) {
 	t.Run("events", func(t *testing.T) { genCheckEvents(t, events, urls) })
 }
 
-// genRead returns the rows of seeds/name below its header, having checked what
-// holds for all three files: bytes, header, count, gapless ids, no empty field.
+// genRead returns the rows of seeds/name below its header, having checked what holds for all three
+// files: bytes, header, count, gapless ids, no empty field.
 func genRead(t *testing.T, name, header string, count int) [][]string {
 	t.Helper()
 	raw, err := os.ReadFile(filepath.Join("seeds", name))
@@ -366,16 +380,18 @@ func genRead(t *testing.T, name, header string, count int) [][]string {
 // genCheckTime fails the test unless s is a time as the CSVs write it.
 func genCheckTime(t *testing.T, s string) {
 	t.Helper()
-	if at, err := time.Parse(genLayout, s); err != nil || at.Format(genLayout) != s {
+	at, err := time.Parse(genLayout, s)
+	if err != nil || at.Format(genLayout) != s {
 		t.Errorf("bad time %q", s)
 	}
 }
 
-// genCheckSorted fails the test if a column of times happens to be in order:
-// nothing may come to rely on it.
+// genCheckSorted fails the test if a column of times happens to be in order: nothing may come to
+// rely on it.
 func genCheckSorted(t *testing.T, rows [][]string, column int) {
 	t.Helper()
-	if slices.IsSortedFunc(rows, func(a, b []string) int { return strings.Compare(a[column], b[column]) }) {
+	byColumn := func(a, b []string) int { return strings.Compare(a[column], b[column]) }
+	if slices.IsSortedFunc(rows, byColumn) {
 		t.Errorf("column %d is in order", column)
 	}
 }
@@ -383,19 +399,23 @@ func genCheckSorted(t *testing.T, rows [][]string, column int) {
 // genCheckUsers checks names, emails and times of users.csv.
 func genCheckUsers(t *testing.T, users [][]string) {
 	username := regexp.MustCompile(`^[a-z]+[0-9]{2}$`)
-	names, emails := map[string]bool{}, map[string]bool{}
+	names := map[string]bool{}
+	emails := map[string]bool{}
 	for _, u := range users {
-		if host, ok := strings.CutPrefix(u[2], u[1]+"@"); !ok || !slices.Contains(genHosts, host) {
+		host, ok := strings.CutPrefix(u[2], u[1]+"@")
+		if !ok || !slices.Contains(genHosts, host) {
 			t.Errorf("user %s: email %q", u[0], u[2])
 		}
 		if !username.MatchString(u[1]) {
 			t.Errorf("user %s: username %q", u[0], u[1])
 		}
 		genCheckTime(t, u[3])
-		names[u[1]], emails[u[2]] = true, true
+		names[u[1]] = true
+		emails[u[2]] = true
 	}
 	if len(names) != len(users)-1 {
-		t.Errorf("%d different usernames among %d, want one pair of equal ones", len(names), len(users))
+		t.Errorf("%d different usernames among %d, want one pair of equal ones", len(names),
+			len(users))
 	}
 	if len(emails) != len(users) {
 		t.Errorf("%d different emails among %d", len(emails), len(users))
@@ -403,14 +423,16 @@ func genCheckUsers(t *testing.T, users [][]string) {
 	genCheckSorted(t, users, 3)
 }
 
-// genCheckURLs checks owners, codes, targets, the share of inactive links and
-// the times of urls.csv.
+// genCheckURLs checks owners, codes, targets, the share of inactive links and the times of
+// urls.csv.
 func genCheckURLs(t *testing.T, urls [][]string) {
 	code := regexp.MustCompile(`^[A-Za-z0-9]{6}$`)
 	title := regexp.MustCompile(`^[A-Z][a-z]+( [a-z]+){1,2}$`)
-	codes, inactive := map[string]bool{}, 0
+	codes := map[string]bool{}
+	inactive := 0
 	for _, u := range urls {
-		if owner, err := strconv.Atoi(u[1]); err != nil || owner < 1 || owner > genUsers {
+		owner, err := strconv.Atoi(u[1])
+		if err != nil || owner < 1 || owner > genUsers {
 			t.Errorf("url %s: no user %q", u[0], u[1])
 		}
 		if !code.MatchString(u[2]) || codes[u[2]] || slices.Contains(genReserved, u[2]) {
@@ -418,7 +440,9 @@ func genCheckURLs(t *testing.T, urls [][]string) {
 		}
 		codes[u[2]] = true
 		target, err := url.Parse(u[3])
-		if err != nil || target.Scheme != "https" || !slices.Contains(genHosts, target.Host) || target.String() != u[3] {
+		if err != nil || target.Scheme != "https" || target.String() != u[3] ||
+			!slices.Contains(genHosts, target.Host) {
+
 			t.Errorf("url %s: target %q", u[0], u[3])
 		}
 		if !title.MatchString(u[4]) {
@@ -444,8 +468,8 @@ func genCheckURLs(t *testing.T, urls [][]string) {
 	genCheckSorted(t, urls, 7)
 }
 
-// genCheckEvents checks that every event belongs to a link and its owner, that
-// the first ones repeat urls.csv, and the counts and details of each type.
+// genCheckEvents checks that every event belongs to a link and its owner, that the first ones
+// repeat urls.csv, and the counts and details of each type.
 func genCheckEvents(t *testing.T, events, urls [][]string) {
 	count := map[string]int{}
 	for i, e := range events {
@@ -464,7 +488,8 @@ func genCheckEvents(t *testing.T, events, urls [][]string) {
 		count[e[3]]++
 
 		var d map[string]string // strings only: an is_active is not a boolean here
-		if err := json.Unmarshal([]byte(e[5]), &d); err != nil || strings.Contains(e[5], " ") {
+		err = json.Unmarshal([]byte(e[5]), &d)
+		if err != nil || strings.Contains(e[5], " ") {
 			t.Errorf("event %s: details %q are not compact JSON: %v", e[0], e[5], err)
 		}
 		ok := false
@@ -481,8 +506,9 @@ func genCheckEvents(t *testing.T, events, urls [][]string) {
 			t.Errorf("event %s: %s with details %q", e[0], e[3], e[5])
 		}
 	}
-	if count["created"] != 2000 || count["updated"] != 1206 || count["deleted"] != 216 {
-		t.Errorf("events by type: %v, want created 2000, updated 1206, deleted 216", count)
+	want := map[string]int{"created": 2000, "updated": 1206, "deleted": 216}
+	if !maps.Equal(count, want) {
+		t.Errorf("events by type: %v, want %v", count, want)
 	}
 	genCheckSorted(t, events, 4)
 }

@@ -19,7 +19,10 @@ hop_pid() {
 
 start() {
   local seeded code url=http://localhost:$PORT
-  if hop_pid >/dev/null; then echo "hop runs already (pid $(hop_pid)): make stop ends it" >&2; exit 1; fi
+  if hop_pid >/dev/null; then
+    echo "hop runs already (pid $(hop_pid)): make stop ends it" >&2
+    exit 1
+  fi
   mkdir -p .run
   scripts/services.sh up .run "${PG_PORT:-54329}" "${REDIS_PORT:-63799}"
   eval "$(scripts/services.sh env .run)"
@@ -35,7 +38,8 @@ start() {
 hop is at $url. To try in another terminal (make stop ends everything):
 
   curl -i $url/$code
-  curl -s -H 'Content-Type: application/json' -d '{"original_url":"https://go.dev/doc/"}' $url/shorten
+  curl -s -H 'Content-Type: application/json' \
+-d '{"original_url":"https://go.dev/doc/"}' $url/shorten
   curl -s $url/stats/$code
   curl -s $url/health
 

@@ -3,28 +3,36 @@
 # services.sh: a private PostgreSQL and Redis for hop, so that `make run` and `make test` need
 # nothing prepared and touch nothing that already runs on the machine.
 #
-#   services.sh install [postgresql|redis|wrk|gcc ...]   installs what is missing (default: postgresql redis)
-#   services.sh up DIR PGPORT REDISPORT                  starts both, data under DIR; again: does nothing
-#   services.sh env DIR                                  prints `export DATABASE_URL=... REDIS_URL=...`
-#   services.sh down DIR                                 ends what `up DIR` started; the data stays
-#   services.sh destroy DIR                              down, and the data goes too
-#   services.sh port                                     prints a free port
+#   services.sh install [TOOL...]         installs what is missing: postgresql, redis, wrk, gcc ...
+#                                         (default: postgresql redis)
+#   services.sh up DIR PGPORT REDISPORT   starts both, data under DIR; again: does nothing
+#   services.sh env DIR                   prints `export DATABASE_URL=... REDIS_URL=...`
+#   services.sh down DIR                  ends what `up DIR` started; the data stays
+#   services.sh destroy DIR               down, and the data goes too
+#   services.sh port                      prints a free port
 #
-# DATABASE_URL or REDIS_URL set in the environment: that service is used and none of ours is started.
-# HOP_PG_OPTS adds options for the PostgreSQL server, such as "-c fsync=off" for a throw-away one.
+# DATABASE_URL or REDIS_URL set in the environment: that service is used and none of ours is
+# started. HOP_PG_OPTS adds options for the PostgreSQL server, such as "-c fsync=off" for a
+# throw-away one.
 #
 # Both listen on 127.0.0.1 only and ask for no password (initdb --auth=trust): whoever can log in
 # to this machine may use them. They are for development; production brings its own DATABASE_URL.
 # No unix sockets: everything goes over loopback, and socket paths have a limit of some 100 bytes.
 set -euo pipefail
 
-export LC_ALL=C            # a locale that is not installed makes initdb refuse
-unset "${!PG@}"            # PGHOST, PGOPTIONS ... of the user's own server must not lead our tools astray
+# A locale that is not installed makes initdb refuse.
+export LC_ALL=C
+# PGHOST, PGOPTIONS ... of the user's own server must not lead our tools astray.
+unset "${!PG@}"
 
-readonly WAIT_SECONDS=60   # a first start on a slow disk; a normal one takes under a second
-readonly STOP_SECONDS=20   # then SIGKILL: PostgreSQL recovers from its log, Redis holds nothing of worth
-readonly PG_CONNECTIONS=200 # the tests run several hops at once, each with a pool of its own
-readonly REDIS_MEMORY=256mb # as in compose.yaml: a full cache evicts the least used, it never refuses
+# A first start on a slow disk; a normal one takes under a second.
+readonly WAIT_SECONDS=60
+# Then SIGKILL: PostgreSQL recovers from its log, Redis holds nothing of worth.
+readonly STOP_SECONDS=20
+# The tests run several hops at once, each with a pool of its own.
+readonly PG_CONNECTIONS=200
+# As in compose.yaml: a full cache evicts the least used, it never refuses.
+readonly REDIS_MEMORY=256mb
 
 say() { echo "services: $*"; }
 die() { echo "services: $*" >&2; exit 1; }
@@ -41,13 +49,15 @@ as_service() {
 
 # ---- what is on the machine -------------------------------------------------------------------
 
-# The directory with all the PostgreSQL programs we use: PATH, else Debian's newest, else Homebrew's.
+# The directory with all the PostgreSQL programs we use: PATH, else Debian's newest, else
+# Homebrew's.
 pg_bin() {
   local dir
   for dir in "$(dirname "$(command -v initdb || echo /-/-)")" \
              $(find /usr/lib/postgresql -maxdepth 2 -name bin 2>/dev/null | sort -rV) \
              "$(brew --prefix postgresql@16 2>/dev/null)/bin"; do
-    if [ -x "$dir/initdb" ] && [ -x "$dir/pg_ctl" ] && [ -x "$dir/pg_isready" ] && [ -x "$dir/createdb" ]; then
+    if [ -x "$dir/initdb" ] && [ -x "$dir/pg_ctl" ] &&
+       [ -x "$dir/pg_isready" ] && [ -x "$dir/createdb" ]; then
       echo "$dir"; return
     fi
   done
@@ -58,6 +68,7 @@ have() {
   case $1 in
     postgresql) pg_bin >/dev/null ;;
     redis)      command -v redis-server >/dev/null && command -v redis-cli >/dev/null ;;
+    haproxy)    command -v haproxy >/dev/null || [ -x /usr/sbin/haproxy ] ;; # not on users' PATH
     *)          command -v "$1" >/dev/null ;;
   esac
 }
@@ -78,7 +89,7 @@ readonly APT_INSTALL='
   apt-get update -qq
   apt-get install -y -qq --no-install-recommends "$@"
   for package in "$@"; do
-    case $package in postgresql|redis-server) update-rc.d "$package" disable || true ;; esac
+    if [ -e "/etc/init.d/$package" ]; then update-rc.d "$package" disable || true; fi
   done'
 
 install() {
@@ -125,7 +136,9 @@ free_port() {
 }
 
 must_be_free() { # PORT VARIABLE
-  ! port_taken "$1" || die "port $1 is taken by another program: choose another with $2, as in \`make run $2=$(free_port)\`"
+  ! port_taken "$1" ||
+    die "port $1 is taken by another program:" \
+      "choose another with $2, as in \`make run $2=$(free_port)\`"
 }
 
 wait_until() { # COMMAND... ; polls, and gives up after WAIT_SECONDS
@@ -138,12 +151,14 @@ wait_until() { # COMMAND... ; polls, and gives up after WAIT_SECONDS
 
 # Prints the pid in the file if that process runs in DIR: both servers make their data directory
 # their working directory. A pid file left by a crash may name a stranger's process by now; it
-# never passes, so it is never signalled. (As the service user too: root in a container may not look.)
+# never passes, so it is never signalled. (As the service user too: root in a container may not
+# look.)
 running_in() { # PIDFILE DIR
   local pid cwd
   pid=$(head -n 1 "$1" 2>/dev/null) && [ -n "$pid" ] || return 1
   if [ -d /proc/self ]; then
-    cwd=$(readlink "/proc/$pid/cwd" 2>/dev/null || as_service readlink "/proc/$pid/cwd" 2>/dev/null) || return 1
+    cwd=$(readlink "/proc/$pid/cwd" 2>/dev/null ||
+      as_service readlink "/proc/$pid/cwd" 2>/dev/null) || return 1
   else
     cwd=$(lsof -a -p "$pid" -d cwd -Fn 2>/dev/null | sed -n 's/^n//p')
   fi
@@ -156,7 +171,10 @@ stop() { # NAME PIDFILE DIR SIGNAL
   kill -s "$4" "$pid" 2>/dev/null || true
   kill -s CONT "$pid" 2>/dev/null || true # a stopped process (kill -STOP) would never see it
   while running_in "$2" "$3" >/dev/null; do
-    [ "$SECONDS" -lt "$deadline" ] || { kill -s KILL "$pid" 2>/dev/null || true; deadline=$((SECONDS + STOP_SECONDS)); }
+    if [ "$SECONDS" -ge "$deadline" ]; then
+      kill -s KILL "$pid" 2>/dev/null || true
+      deadline=$((SECONDS + STOP_SECONDS))
+    fi
     sleep 0.1
   done
   say "$1 stopped"
@@ -194,7 +212,8 @@ own_dir() { # DIR: a directory only the service user can read
 docker_up() { # SERVICE PORT INNERPORT [OPTION...] IMAGE [ARGUMENT...]
   local name=$ID-$1 port_file=$DATA/$1.port port=$2 inner=$3
   shift 3
-  docker info >/dev/null 2>&1 || die "no way to get it: no package manager usable, no Docker engine running"
+  docker info >/dev/null 2>&1 ||
+    die "no way to get it: no package manager usable, no Docker engine running"
   touch "$DATA/docker"
   [ "$(docker inspect -f '{{.State.Running}}' "$name" 2>/dev/null)" != true ] || return 0
   docker run -d --rm --name "$name" -p "127.0.0.1:$port:$inner" "$@" >/dev/null
@@ -209,28 +228,35 @@ docker_down() {
 # ---- the two services -------------------------------------------------------------------------
 
 up_postgres() { # PORT
-  local pg=$DATA/pg log=$DATA/pg/server.log port bin
+  local pg=$DATA/pg log=$DATA/pg/server.log port bin options
   [ -z "${DATABASE_URL:-}" ] || { say "PostgreSQL: yours, as DATABASE_URL says"; return; }
-  if port=$(cat "$DATA/pg.port" 2>/dev/null) && running_in "$pg/postmaster.pid" "$pg" >/dev/null; then
+  if port=$(cat "$DATA/pg.port" 2>/dev/null) &&
+     running_in "$pg/postmaster.pid" "$pg" >/dev/null; then
     say "PostgreSQL is up on 127.0.0.1:$port"; return
   fi
   if ! install postgresql; then
     docker_up pg "$1" 5432 -v "$ID:/var/lib/postgresql/data" -e POSTGRES_USER=hop \
       -e POSTGRES_HOST_AUTH_METHOD=trust postgres:16 -c max_connections=$PG_CONNECTIONS
     # Over TCP: while it initialises, the image runs a server that answers on its socket only.
-    wait_until docker exec "$ID-pg" pg_isready -q -h 127.0.0.1 -U hop -d hop || die "PostgreSQL: see docker logs $ID-pg"
+    wait_until docker exec "$ID-pg" pg_isready -q -h 127.0.0.1 -U hop -d hop ||
+      die "PostgreSQL: see docker logs $ID-pg"
     say "PostgreSQL is up in Docker on 127.0.0.1:$(cat "$DATA/pg.port")"; return
   fi
   must_be_free "$1" PG_PORT
   bin=$(pg_bin)
   own_dir "$pg"
   [ -s "$pg/PG_VERSION" ] ||
-    as_service "$bin/initdb" -D "$pg" -U hop --auth=trust -E UTF8 --no-locale >/dev/null || die "initdb failed in $pg"
+    as_service "$bin/initdb" -D "$pg" -U hop --auth=trust -E UTF8 --no-locale >/dev/null ||
+    die "initdb failed in $pg"
   # We are not running, as seen above. A pid file left by a crash is PostgreSQL's to judge (some of
   # its processes may still be ending), unless that pid is a stranger's now: then it would refuse.
-  if ps -p "$(head -n 1 "$pg/postmaster.pid" 2>/dev/null || echo 0)" >/dev/null 2>&1; then rm -f "$pg/postmaster.pid"; fi
-  as_service "$bin/pg_ctl" -D "$pg" -l "$log" -t "$WAIT_SECONDS" -w start >/dev/null \
-    -o "-p $1 -c listen_addresses=127.0.0.1 -c unix_socket_directories='' -c max_connections=$PG_CONNECTIONS ${HOP_PG_OPTS:-}" ||
+  if ps -p "$(head -n 1 "$pg/postmaster.pid" 2>/dev/null || echo 0)" >/dev/null 2>&1; then
+    rm -f "$pg/postmaster.pid"
+  fi
+  options="-p $1 -c listen_addresses=127.0.0.1 -c unix_socket_directories=''"
+  options="$options -c max_connections=$PG_CONNECTIONS ${HOP_PG_OPTS:-}"
+  as_service "$bin/pg_ctl" -D "$pg" -l "$log" -t "$WAIT_SECONDS" -w start \
+    -o "$options" >/dev/null ||
     { tail -n 5 "$log" >&2 || true; die "PostgreSQL did not start: $log"; }
   wait_until "$bin/pg_isready" -q -h 127.0.0.1 -p "$1" || die "PostgreSQL does not answer: $log"
   # An error here is a database that exists, or the next command's to report.
@@ -243,7 +269,8 @@ up_redis() { # PORT
   local redis=$DATA/redis port
   local policy="--maxmemory $REDIS_MEMORY --maxmemory-policy allkeys-lru"
   [ -z "${REDIS_URL:-}" ] || { say "Redis: yours, as REDIS_URL says"; return; }
-  if port=$(cat "$DATA/redis.port" 2>/dev/null) && running_in "$redis/redis.pid" "$redis" >/dev/null; then
+  if port=$(cat "$DATA/redis.port" 2>/dev/null) &&
+     running_in "$redis/redis.pid" "$redis" >/dev/null; then
     say "Redis is up on 127.0.0.1:$port"; return
   fi
   # A cache, so nothing is saved: hop fills it from PostgreSQL at start.
@@ -251,8 +278,9 @@ up_redis() { # PORT
   if install redis; then
     must_be_free "$1" REDIS_PORT
     own_dir "$redis"
-    as_service redis-server --bind 127.0.0.1 --port "$1" --dir "$redis" --pidfile "$redis/redis.pid" \
-      --logfile "$redis/server.log" --daemonize yes --save "" --appendonly no $policy >/dev/null
+    as_service redis-server --bind 127.0.0.1 --port "$1" --dir "$redis" \
+      --pidfile "$redis/redis.pid" --logfile "$redis/server.log" \
+      --daemonize yes --save "" --appendonly no $policy >/dev/null
     wait_until redis-cli -h 127.0.0.1 -p "$1" ping || die "Redis does not answer: $redis/server.log"
     echo "$1" >"$DATA/redis.port"
     say "Redis started on 127.0.0.1:$1"
@@ -265,15 +293,19 @@ up_redis() { # PORT
 
 print_env() {
   local pg redis
-  pg=$(cat "$DATA/pg.port" 2>/dev/null) || [ -n "${DATABASE_URL:-}" ] || die "no PostgreSQL under $DIR: run \`services.sh up\` first"
-  redis=$(cat "$DATA/redis.port" 2>/dev/null) || [ -n "${REDIS_URL:-}" ] || die "no Redis under $DIR: run \`services.sh up\` first"
+  pg=$(cat "$DATA/pg.port" 2>/dev/null) || [ -n "${DATABASE_URL:-}" ] ||
+    die "no PostgreSQL under $DIR: run \`services.sh up\` first"
+  redis=$(cat "$DATA/redis.port" 2>/dev/null) || [ -n "${REDIS_URL:-}" ] ||
+    die "no Redis under $DIR: run \`services.sh up\` first"
   printf 'export DATABASE_URL=%q REDIS_URL=%q\n' \
-    "${DATABASE_URL:-postgres://hop@127.0.0.1:$pg/hop?sslmode=disable}" "${REDIS_URL:-redis://127.0.0.1:$redis/0}"
+    "${DATABASE_URL:-postgres://hop@127.0.0.1:$pg/hop?sslmode=disable}" \
+    "${REDIS_URL:-redis://127.0.0.1:$redis/0}"
 }
 
 down() {
   stop Redis "$DATA/redis/redis.pid" "$DATA/redis" TERM
-  stop PostgreSQL "$DATA/pg/postmaster.pid" "$DATA/pg" INT # "fast": ends sessions, writes a checkpoint
+  # INT is "fast": it ends sessions and writes a checkpoint.
+  stop PostgreSQL "$DATA/pg/postmaster.pid" "$DATA/pg" INT
   docker_down
 }
 

@@ -25,7 +25,8 @@ until bin/hop health >/dev/null 2>&1; do
   sleep 0.2
 done
 
-scripts/k6.sh run --quiet -e PROFILE=smoke -e BASE_URL="$BASE_URL" loadtest.js || fail "k6 found failures"
+scripts/k6.sh run --quiet -e PROFILE=smoke -e BASE_URL="$BASE_URL" loadtest.js ||
+  fail "k6 found failures"
 
 kill -TERM "$hop"
 wait "$hop" || fail "hop did not end cleanly on SIGTERM"

@@ -1,8 +1,10 @@
-// Floor is what hop is measured against: net/http doing nothing but redirect, with default GC and server settings.
-// It does look the code up, in a map that never changes: a constant answer would be 20 ns cheaper, answer 302 to everything, and
-// measure something that is no redirect any more.
+// Floor is what hop is measured against: net/http doing nothing but redirect, with default GC and
+// server settings. It does look the code up, in a map that never changes: a constant answer would
+// be 20 ns cheaper, answer 302 to everything, and measure something that is no redirect any more.
 //
-//	floor PORT seeds/urls.csv
+//	floor PORT seeds/urls.csv [timeouts]
+//
+// With timeouts it ends slow clients as hop does: what that costs is no cost of hop's own code.
 package main
 
 import (
@@ -10,6 +12,7 @@ import (
 	"log"
 	"net/http"
 	"os"
+	"time"
 )
 
 func main() {
@@ -26,7 +29,14 @@ func main() {
 		w.Header()["Location"] = location
 		w.WriteHeader(http.StatusFound)
 	})
-	log.Fatal(http.ListenAndServe("127.0.0.1:"+os.Args[1], nil))
+	server := &http.Server{Addr: "127.0.0.1:" + os.Args[1]}
+	if len(os.Args) > 3 {
+		server.ReadHeaderTimeout = 5 * time.Second
+		server.ReadTimeout = 5 * time.Second
+		server.WriteTimeout = 15 * time.Second
+		server.IdleTimeout = 60 * time.Second
+	}
+	log.Fatal(server.ListenAndServe())
 }
 
 func must[T any](v T, err error) T {

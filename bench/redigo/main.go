@@ -1,5 +1,6 @@
-// Redigo is the usual cached redirect: one GET on a pooled Redis connection per request, with default GC and server settings. The
-// pool keeps its connections, so that it does not dial under load.
+// Redigo is the usual cached redirect: one GET on a pooled Redis connection per request, with
+// default GC and server settings. The pool keeps its connections, so that it does not dial under
+// load.
 //
 //	redigo PORT seeds/urls.csv redis://host:port/db
 package main
@@ -14,7 +15,8 @@ import (
 )
 
 func main() {
-	pool := &redis.Pool{MaxIdle: 1000, Dial: func() (redis.Conn, error) { return redis.DialURL(os.Args[3]) }}
+	dial := func() (redis.Conn, error) { return redis.DialURL(os.Args[3]) }
+	pool := &redis.Pool{MaxIdle: 1000, Dial: dial}
 	do := func(args ...any) (any, error) {
 		conn := pool.Get()
 		defer conn.Close()

@@ -1,5 +1,6 @@
-// Promcheck reads an exposition on standard input and fails if Prometheus could not take it or its linter objects: what
-// promtool check metrics does, which `go run` refuses to build (its go.mod has excludes).
+// Promcheck reads an exposition on standard input and fails if Prometheus could not take it or its
+// linter objects: what promtool check metrics does, which `go run` refuses to build (its go.mod has
+// excludes).
 package main
 
 import (
