@@ -12,7 +12,12 @@ FUZZTIME ?= 10s
 # Pinned, outside go.mod: hop itself depends on two drivers and nothing else.
 STATICCHECK := go run honnef.co/go/tools/cmd/staticcheck@v0.8.2
 ACTIONLINT  := go run github.com/rhysd/actionlint/cmd/actionlint@v1.7.12
+GOTESTSUM   := go run gotest.tools/gotestsum@v1.13.0
 GOVULNCHECK := go run golang.org/x/vuln/cmd/govulncheck@v1.9.0
+
+# The tests kill servers and look at the clock, on machines that others use too: one that fails runs
+# once more, alone, and both runs are printed. What fails twice is a fault, and so is a data race.
+RERUN := --rerun-fails=1 --rerun-fails-run-root-test --rerun-fails-abort-on-data-race
 
 # Throw-away services; durable ones where figures or crashes count (bench, growth, smoke).
 WITH_SERVICES      := scripts/with-services.sh
@@ -38,7 +43,9 @@ build: ## bin/hop
 
 test: check ## vet, staticcheck, all tests with the race detector, coverage of at least COVERAGE %
 	scripts/services.sh install postgresql redis gcc
-	$(WITH_FAST_SERVICES) go test -race -timeout 35m -coverprofile=coverage.out ./...
+	@rm -rf .cover && mkdir .cover
+	$(WITH_FAST_SERVICES) $(GOTESTSUM) --format standard-quiet $(RERUN) --packages ./... \
+		-- -race -timeout 35m -cover -args -test.gocoverdir=$(CURDIR)/.cover
 	@$(MAKE) --no-print-directory coverage
 
 check: width
@@ -53,8 +60,8 @@ width:
 		| LC_ALL=C.UTF-8 xargs grep -nE '^.{101,}' || { echo "wider than 100 columns"; exit 1; }
 
 coverage:
-	@grep -v '^hop/bench/' coverage.out >coverage.hop # programs that measure are not measured
-	@go tool cover -func=coverage.hop | awk -v want=$(COVERAGE) '/^total:/ { got = $$3 + 0 } \
+	@go tool covdata textfmt -i=.cover -o=coverage.out
+	@go tool cover -func=coverage.out | awk -v want=$(COVERAGE) '/^total:/ { got = $$3 + 0 } \
 		END { printf "coverage %.1f %%, at least %s %% wanted\n", got, want; exit got < want }'
 
 load: ## k6 at full load (3 min 30 s, up to 500 users) on a running, seeded hop at BASE_URL
@@ -109,4 +116,4 @@ vuln: ## known vulnerabilities in what we use (needs the network)
 clean: ## remove what was built, and the data of make run
 	scripts/run.sh stop
 	scripts/services.sh destroy .run
-	rm -rf .run bin coverage.out
+	rm -rf .run bin .cover coverage.out

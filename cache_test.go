@@ -34,7 +34,7 @@ func TestFlightsAreShared(t *testing.T) {
 			}
 		})
 	}
-	eventually(t, 5*time.Second, "all wait", func() bool { return c.waiting.n.Load() == requests })
+	eventually(t, patience, "all wait", func() bool { return c.waiting.n.Load() == requests })
 	close(gate)
 	all.Wait()
 	// Some may have come to the gate only when the first flight had landed.
@@ -166,7 +166,7 @@ func TestOwnChangeNeedsNoHold(t *testing.T) {
 	}
 	say("SET", c.key("abc"), old)
 	c.resolves(t, "abc", 2, 1)
-	eventually(t, 2*ownFor, "Redis is believed again", func() bool { return !c.changedHere("abc") })
+	eventually(t, patience, "Redis is believed again", func() bool { return !c.changedHere("abc") })
 }
 
 // TestRefusedCreatesTouchNothing asks for codes that are taken, all in one: what is known of them
@@ -193,7 +193,7 @@ func TestRefusedCreatesTouchNothing(t *testing.T) {
 	made := do(t, "POST", a.url+"/urls/bulk", body).body
 	// The next poll drops what was made, once more: nothing is asked for twice in a row.
 	quiet := 0
-	eventually(t, 20*time.Second, "all are known", func() bool {
+	eventually(t, patience, "all are known", func() bool {
 		quiet++
 		if follow() != 0 {
 			quiet = 0
@@ -238,7 +238,7 @@ func TestMissesAreLimited(t *testing.T) {
 			}
 		})
 	}
-	eventually(t, 5*time.Second, "two wait", func() bool { return c.waiting.n.Load() == 2 })
+	eventually(t, patience, "two wait", func() bool { return c.waiting.n.Load() == 2 })
 	if err := resolve("c"); err != errOverloaded {
 		t.Errorf("the third is told %v, want %v", err, errOverloaded)
 	}
@@ -266,13 +266,13 @@ func TestClientGone(t *testing.T) {
 		_, err := c.resolve(ctx, "abc", time.Now())
 		gone <- err
 	}()
-	eventually(t, 5*time.Second, "it waits", func() bool { return pg.asked.Load() == 1 })
+	eventually(t, patience, "it waits", func() bool { return pg.asked.Load() == 1 })
 	leave()
 	if err := <-gone; !errors.Is(err, errUnavailable) {
 		t.Errorf("who left is told %v", err)
 	}
 	close(gate)
-	eventually(t, 5*time.Second, "the flight has landed", func() bool {
+	eventually(t, patience, "the flight has landed", func() bool {
 		return c.local.find("abc") != nil
 	})
 	if got, err := c.resolve(t.Context(), "abc", time.Now()); err != nil || got.id != 1 {
@@ -298,7 +298,7 @@ func TestChangeDuringFlight(t *testing.T) {
 			got, _ := c.resolve(t.Context(), "abc", time.Now())
 			before <- got.id
 		}()
-		eventually(t, 5*time.Second, "it has read", func() bool { return pg.asked.Load() == 1 })
+		eventually(t, patience, "it has read", func() bool { return pg.asked.Load() == 1 })
 		pending, err := c.change("abc", func() error {
 			pg.set("abc", 2)
 			return commit
@@ -372,7 +372,7 @@ func TestCacheOverRedis(t *testing.T) {
 			t.Fatal(err)
 		}
 		value := ""
-		eventually(t, 5*time.Second, "the reservation ends", func() bool {
+		eventually(t, patience, "the reservation ends", func() bool {
 			value = text(say("GET", a.key("guess")))
 			return !strings.HasPrefix(value, "?")
 		})
@@ -600,7 +600,7 @@ func (r *replica) resolves(t testing.TB, code string, id, asked int64) {
 	if !r.redis.usable() {
 		return
 	}
-	eventually(t, 5*time.Second, code+" is no longer reserved", func() bool {
+	eventually(t, patience, code+" is no longer reserved", func() bool {
 		value, err := r.redis.get(t.Context(), code)
 		return err != nil || len(value) == 0 || value[0] != '?'
 	})

@@ -572,7 +572,7 @@ func TestClicksRun(t *testing.T) {
 		t.Errorf("%d clicks are counted when all readers are answered, want 22", n)
 	}
 	recordN(c, 7, 1)
-	eventually(t, 5*time.Second, "a click is counted without anybody asking", func() bool {
+	eventually(t, patience, "a click is counted without anybody asking", func() bool {
 		return books.link(7) == 23
 	})
 

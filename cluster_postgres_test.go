@@ -56,7 +56,7 @@ func (p *pair) waitForStandby(t testing.TB) {
 	db := openDB(t, p.primary.url)
 	execSQL(t, db, `ALTER SYSTEM SET synchronous_standby_names = '*'`)
 	execSQL(t, db, `SELECT pg_reload_conf()`)
-	eventually(t, 20*time.Second, "the standby follows synchronously", func() bool {
+	eventually(t, patience, "the standby follows synchronously", func() bool {
 		return scalar[int](t, db, `
 			SELECT count(*) FROM pg_stat_replication WHERE sync_state = 'sync'`) == 1
 	})
@@ -92,7 +92,7 @@ func (p *pair) follow(t testing.TB) {
 	givePostgres(t, dir+"/standby.signal")
 	p.standby.start(t)
 	p.standby.waitPostgres(t)
-	eventually(t, 20*time.Second, "the old primary follows", func() bool {
+	eventually(t, patience, "the old primary follows", func() bool {
 		return scalar[int](t, db, `SELECT count(*) FROM pg_stat_replication`) == 1
 	})
 }
@@ -332,7 +332,7 @@ func TestClusterPostgresAsync(t *testing.T) {
 func (p *pair) caughtUp(t testing.TB) int64 {
 	t.Helper()
 	db := openDB(t, p.standby.url)
-	eventually(t, 10*time.Second, "the standby has replayed", func() bool {
+	eventually(t, patience, "the standby has replayed", func() bool {
 		return scalar[bool](t, db, `
 			SELECT pg_last_wal_receive_lsn() <= pg_last_wal_replay_lsn()
 			   AND NOT EXISTS (SELECT 1 FROM pg_stat_wal_receiver WHERE status = 'streaming')`)

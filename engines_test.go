@@ -215,7 +215,7 @@ func (e *engineRun) lockedTable(r *rig, hop *process) {
 	e.mark(miss.status == 503 && create.status == 503 && slowest < answerLimit+noise(),
 		"locked table: miss and create 503, slowest %s", short(slowest))
 	unlock()
-	eventually(e, 5*time.Second, "creates work again", func() bool {
+	eventually(e, patience, "creates work again", func() bool {
 		return ask(hop.url, createOne).status == 201
 	})
 }
@@ -230,10 +230,10 @@ func (e *engineRun) stoppedStatement(r *rig, hop *process) {
 		defer close(answered)
 		ask(hop.url, request{"miss", "GET", "/" + rand.Text(), ""})
 	}()
-	eventually(e, 5*time.Second, "a miss waits", func() bool { return waitingMisses(e, r.db) > 0 })
+	eventually(e, patience, "a miss waits", func() bool { return waitingMisses(e, r.db) > 0 })
 	stopped := time.Now()
 	hop.pause()
-	eventually(e, 10*time.Second, "PostgreSQL ended the miss", func() bool {
+	eventually(e, patience, "PostgreSQL ended the miss", func() bool {
 		return waitingMisses(e, r.db) == 0
 	})
 	took := time.Since(stopped)

@@ -142,7 +142,7 @@ func TestFault10RollingRestart(t *testing.T) {
 			for range rounds {
 				next := prepareHop(f, f.settings(dir, port)...)
 				next.start(f)
-				eventually(f, 10*time.Second, "the new one is ready", func() bool {
+				eventually(f, patience, "the new one is ready", func() bool {
 					return next.logged(f, "msg=ready")
 				})
 				f.hop.end(syscall.SIGTERM)
@@ -284,7 +284,7 @@ func TestFault13SlowClients(t *testing.T) {
 			end := f.askInTurn(f.hop.url, 1, 50*time.Millisecond, createOne)
 			peak := memory
 			c := crowd(f.hop, slow, func() { peak = max(peak, f.hop.memory(f)) })
-			eventually(f, time.Second, "creates work again", func() bool { return creating(f) })
+			eventually(f, patience, "creates work again", func() bool { return creating(f) })
 			creates := end()
 			f.mended()
 

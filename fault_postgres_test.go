@@ -82,7 +82,7 @@ func TestFault05PostgresRestarted(t *testing.T) {
 				crashPostgres(f, f.pg)
 				back := time.Now()
 				before := c.made()
-				eventually(f, 10*time.Second, "creates work again", func() bool {
+				eventually(f, patience, "creates work again", func() bool {
 					return c.made() > before
 				})
 				slowest = max(slowest, time.Since(back))
@@ -164,7 +164,7 @@ func crashInLock(f *faultRun) {
 	if _, err := tx.Exec(`SELECT pg_advisory_xact_lock($1)`, clickLock); err != nil {
 		f.Fatal(err)
 	}
-	eventually(f, 10*time.Second, "a flush waits", func() bool {
+	eventually(f, patience, "a flush waits", func() bool {
 		return scalar[bool](f, f.db, `SELECT EXISTS (
 			SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted)`)
 	})
@@ -187,7 +187,7 @@ func crashBackend(f *faultRun) {
 			continue
 		}
 		f.killBackend(pid)
-		eventually(f, 30*time.Second, "recovery", func() bool { return f.db.Ping() == nil })
+		eventually(f, patience, "recovery", func() bool { return f.db.Ping() == nil })
 		f.hop.waitReady(f)
 		time.Sleep(500 * time.Millisecond) // the flush may have ended just before: then aim again
 	}
@@ -202,7 +202,7 @@ func (f *faultRun) killBackend(pid int) {
 	}
 	defer witness.Close()
 	syscall.Kill(pid, syscall.SIGKILL)
-	eventually(f, 30*time.Second, "the crash", func() bool {
+	eventually(f, patience, "the crash", func() bool {
 		return witness.PingContext(f.Context()) != nil
 	})
 }
@@ -343,7 +343,7 @@ func TestFault18Standby(t *testing.T) {
 			}
 			second := prepareHop(f, f.settings()...)
 			second.start(f)
-			eventually(f, 5*time.Second, "a second hop listens", func() bool {
+			eventually(f, patience, "a second hop listens", func() bool {
 				return ask(second.url, readLive).status == 200
 			})
 			f.wait(time.Second)

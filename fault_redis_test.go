@@ -84,7 +84,7 @@ func TestFault03RedisFlushed(t *testing.T) {
 			before := scrape(f, f.hop.url)["hop_cache_misses_total"]
 			for range flushes {
 				f.redis.redisDo(f, "FLUSHALL")
-				eventually(f, 10*time.Second, "Redis is warm", func() bool {
+				eventually(f, patience, "Redis is warm", func() bool {
 					return keysInRedis(f.redis) >= rigLinks
 				})
 				f.wait(full(2*time.Second, 500*time.Millisecond))

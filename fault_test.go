@@ -250,9 +250,11 @@ func few(failed, n int) bool {
 	return n > 0 && failed <= full(0, n/20)
 }
 
-// within waits for cond, which is a mark: it is given limit.
+// within waits for cond, which is a mark: it is given limit. The short form waits for longer and
+// says what it took: how soon is a matter of the full length on a quiet machine.
 func (f *faultRun) within(limit time.Duration, what string, cond func() bool) {
 	f.Helper()
+	limit = full(limit, patience)
 	began := time.Now()
 	eventually(f, limit, what, cond)
 	f.mark(true, "%s < %s", what, short(limit))
@@ -322,7 +324,7 @@ func askHealthOf(t testing.TB, hop *process) healthReport {
 // flushClicks makes hop flush: when it returns, every click answered before is counted.
 func flushClicks(t testing.TB, url string) {
 	t.Helper()
-	eventually(t, 30*time.Second, "all clicks are flushed", func() bool {
+	eventually(t, patience, "all clicks are flushed", func() bool {
 		return do(t, "GET", url+"/stats/f0000", "").status == 200
 	})
 }

@@ -127,6 +127,10 @@ func scalar[T any](t testing.TB, db *sql.DB, query string, args ...any) T {
 	return v
 }
 
+// patience is how long tests wait for what must happen, also where others have the cores. It is no
+// promise: those have limits of their own.
+const patience = 30 * time.Second
+
 // eventually waits for cond, asking every few milliseconds, and fails the test after limit.
 func eventually(t testing.TB, limit time.Duration, what string, cond func() bool) {
 	t.Helper()
@@ -176,7 +180,7 @@ func (b *syncBuffer) String() string {
 func startApp(t testing.TB, settings ...string) *app {
 	t.Helper()
 	a := launchApp(t, settings...)
-	eventually(t, 10*time.Second, "ready", func() bool { return healthy(a.url) })
+	eventually(t, patience, "ready", func() bool { return healthy(a.url) })
 	return a
 }
 
@@ -519,7 +523,7 @@ func startRedisAt(t testing.TB, port int, url string, args []string) *process {
 // waitRedis waits until it answers, and be it with a refusal.
 func (p *process) waitRedis(t testing.TB) {
 	t.Helper()
-	eventually(t, 10*time.Second, "Redis answers", func() bool {
+	eventually(t, patience, "Redis answers", func() bool {
 		c, err := p.dialRedis()
 		if err != nil {
 			return false
@@ -696,7 +700,7 @@ func (p *process) waitPostgres(t testing.TB) {
 	t.Helper()
 	db := openDB(t, p.url)
 	defer db.Close()
-	eventually(t, 30*time.Second, "PostgreSQL answers", func() bool { return db.Ping() == nil })
+	eventually(t, patience, "PostgreSQL answers", func() bool { return db.Ping() == nil })
 }
 
 // certificate is a key and a certificate for 127.0.0.1 that it signed itself, as PEM files.
@@ -829,7 +833,7 @@ func digest(log string) string {
 // waitReady waits until /health says 200.
 func (p *process) waitReady(t testing.TB) {
 	t.Helper()
-	eventually(t, 15*time.Second, "hop is ready", func() bool { return healthy(p.url) })
+	eventually(t, patience, "hop is ready", func() bool { return healthy(p.url) })
 }
 
 // ---- a network that can be made sick ----

@@ -271,9 +271,9 @@ func (c *keyedClients) make(n int) {
 // insist sends a create until it is answered with 201, and returns that answer's body. to chooses
 // the replica that is asked first.
 func (c *keyedClients) insist(n, to int, body string) string {
-	const patience = 3 * time.Minute
+	const insistFor = 3 * time.Minute
 	wait := 50 * time.Millisecond
-	for began := time.Now(); time.Since(began) < patience; to++ {
+	for began := time.Now(); time.Since(began) < insistFor; to++ {
 		c.sent.Add(1)
 		r, err := roundTrip("POST", c.urls[to%len(c.urls)]+"/shorten", body,
 			fmt.Sprintf("Idempotency-Key: key %d", n))

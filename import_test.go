@@ -276,7 +276,7 @@ func checkWithNginx(t *testing.T, nginx, lines string) {
 	}
 	p.start(t)
 	t.Cleanup(p.kill)
-	eventually(t, 5*time.Second, "nginx answers", func() bool {
+	eventually(t, patience, "nginx answers", func() bool {
 		_, err := roundTrip("GET", p.url+"/", "")
 		return err == nil
 	})

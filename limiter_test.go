@@ -79,7 +79,7 @@ func TestBatcher(t *testing.T) {
 			}
 		})
 	}
-	eventually(t, 10*time.Second, "all wait but those of the first call", func() bool {
+	eventually(t, patience, "all wait but those of the first call", func() bool {
 		return len(b.queue) >= questions-batchSize
 	})
 	close(begin)
@@ -110,7 +110,7 @@ func TestBatcherFailures(t *testing.T) {
 	for range maxWaiting {
 		go question()
 	}
-	eventually(t, 10*time.Second, "the queue is full", func() bool {
+	eventually(t, patience, "the queue is full", func() bool {
 		return len(b.queue) == maxWaiting
 	})
 	if _, err := b.ask(ctx, 0); err != errOverloaded {
@@ -123,7 +123,7 @@ func TestBatcherFailures(t *testing.T) {
 		}
 	}
 	close(hung)
-	eventually(t, 10*time.Second, "the worker is free", func() bool { return len(b.queue) == 0 })
+	eventually(t, patience, "the worker is free", func() bool { return len(b.queue) == 0 })
 	if _, err := b.ask(t.Context(), 0); err != sick {
 		t.Errorf("a failed call's error is %v, want %v", err, sick)
 	}

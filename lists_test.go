@@ -378,7 +378,8 @@ func TestUnreadLists(t *testing.T) {
 	refused := func() bool {
 		return do(t, "GET", a.url+"/events?event_type=big", "").status == 503
 	}
-	for a.unread.n.Load() < limit-maxListed {
+	// The kernel takes some of what is sent, and more on one machine than on another.
+	for a.unread.n.Load() < limit-maxListed || !refused() {
 		if len(readers) > 2000 {
 			t.Fatalf("%d readers keep %d bytes only", len(readers), a.unread.n.Load())
 		}
@@ -388,10 +389,6 @@ func TestUnreadLists(t *testing.T) {
 		time.Sleep(50 * time.Millisecond) // more at once are refused sooner: for want of connections
 		most = max(most, a.unread.n.Load())
 	}
-	for range 8 {
-		readers = append(readers, ask())
-	}
-	eventually(t, 5*time.Second, "others are refused", refused)
 	most = max(most, a.unread.n.Load())
 	grown := live() - before
 	t.Logf("%d readers, %d MiB of lists unread, the heap has grown by %d MiB", len(readers),
@@ -405,8 +402,8 @@ func TestUnreadLists(t *testing.T) {
 	for _, c := range readers {
 		c.Close()
 	}
-	eventually(t, 5*time.Second, "lists are answered again", func() bool { return !refused() })
-	eventually(t, 5*time.Second, "nothing is unread", func() bool { return a.unread.n.Load() == 0 })
+	eventually(t, patience, "lists are answered again", func() bool { return !refused() })
+	eventually(t, patience, "nothing is unread", func() bool { return a.unread.n.Load() == 0 })
 }
 
 // ---- explaining ----

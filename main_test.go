@@ -36,7 +36,7 @@ func TestRun(t *testing.T) {
 	before := codeLookups(t, db)
 
 	served := startRun(t, "DATABASE_URL="+dsn, "REDIS_URL="+rd.url, "LOG_LEVEL=info")
-	eventually(t, 10*time.Second, "hop is ready", func() bool { return healthy(served.url) })
+	eventually(t, patience, "hop is ready", func() bool { return healthy(served.url) })
 	if err := served.askHealth(); err != nil {
 		t.Errorf("hop health: %v", err)
 	}
@@ -61,7 +61,7 @@ func TestRun(t *testing.T) {
 		t.Error("hop health says yes though nobody listens")
 	}
 	waitAlone(t, db)
-	eventually(t, 2*time.Second, "PostgreSQL has seen the one lookup", func() bool {
+	eventually(t, patience, "PostgreSQL has seen the one lookup", func() bool {
 		return codeLookups(t, db) > before
 	})
 	if n := codeLookups(t, db) - before; n != 1 {
@@ -83,7 +83,7 @@ func TestRun(t *testing.T) {
 func (r *running) drain(t *testing.T, links map[string]string) {
 	t.Helper()
 	r.cancel()
-	eventually(t, time.Second, "hop drains", func() bool { return r.status("/health") == 503 })
+	eventually(t, patience, "hop drains", func() bool { return r.status("/health") == 503 })
 	if err := r.askHealth(); err == nil || !strings.Contains(err.Error(), "503") {
 		t.Errorf("hop health while draining: %v", err)
 	}
@@ -111,7 +111,7 @@ func (r *running) drain(t *testing.T, links map[string]string) {
 // at the latest, what it read.
 func waitAlone(t *testing.T, db *sql.DB) {
 	t.Helper()
-	eventually(t, 5*time.Second, "hop's connections are closed", func() bool {
+	eventually(t, patience, "hop's connections are closed", func() bool {
 		return scalar[int](t, db, `
 			SELECT count(*) FROM pg_stat_activity
 			WHERE datname = current_database() AND pid <> pg_backend_pid()`) == 0
@@ -256,7 +256,7 @@ func TestStartBeforePostgres(t *testing.T) {
 	road.refuse()
 	address := strings.Replace(dsn, server, road.addr, 1)
 	a := launchApp(t, "DATABASE_URL="+address, "REDIS_URL="+startRedis(t).url)
-	eventually(t, 5*time.Second, "hop says what it waits for", func() bool {
+	eventually(t, patience, "hop says what it waits for", func() bool {
 		logs := a.logs.String()
 		return strings.Contains(logs, "not ready") && strings.Contains(logs, road.addr)
 	})
@@ -273,7 +273,7 @@ func TestStartBeforePostgres(t *testing.T) {
 		t.Errorf("/health/live %d", r.status)
 	}
 	road.forward(t)
-	eventually(t, 5*time.Second, "hop is ready", func() bool { return healthy(a.url) })
+	eventually(t, patience, "hop is ready", func() bool { return healthy(a.url) })
 	made := do(t, "POST", a.url+"/shorten", `{"url":"https://example.com/"}`)
 	var link struct {
 		Code string `json:"short_code"`
@@ -352,7 +352,7 @@ func TestRequestLog(t *testing.T) {
 	for _, level := range []string{"info", "debug"} {
 		t.Run(level, func(t *testing.T) {
 			a := launchApp(t, "LOG_LEVEL="+level)
-			eventually(t, 10*time.Second, "ready", func() bool {
+			eventually(t, patience, "ready", func() bool {
 				return strings.Contains(a.logs.String(), "msg=ready")
 			})
 			want := 0
@@ -363,7 +363,7 @@ func TestRequestLog(t *testing.T) {
 					continue
 				}
 				want++
-				eventually(t, time.Second, s.method+" "+s.path+" is logged", func() bool {
+				eventually(t, patience, s.method+" "+s.path+" is logged", func() bool {
 					return len(requestLines(a)) > before
 				})
 				got := requestLines(a)[before]
@@ -390,7 +390,7 @@ func TestRequestLog(t *testing.T) {
 func TestClientGoneIsNoError(t *testing.T) {
 	dsn := testDatabase(t)
 	a := launchApp(t, "DATABASE_URL="+dsn, "LOG_LEVEL=debug")
-	eventually(t, 10*time.Second, "ready", func() bool {
+	eventually(t, patience, "ready", func() bool {
 		return strings.Contains(a.logs.String(), "msg=ready")
 	})
 	tx, err := openDB(t, dsn).Begin()
@@ -411,7 +411,7 @@ func TestClientGoneIsNoError(t *testing.T) {
 		t.Fatalf("answered %d while the table is locked", resp.StatusCode)
 	}
 	line := `level=DEBUG msg=request method=GET route="GET /{code}" status=499 `
-	eventually(t, 5*time.Second, "it is logged", func() bool {
+	eventually(t, patience, "it is logged", func() bool {
 		return strings.Contains(a.logs.String(), line)
 	})
 	if strings.Contains(a.logs.String(), "level=ERROR") {
@@ -473,7 +473,7 @@ func TestConnectionsAreCapped(t *testing.T) {
 		}
 	}
 	first.Close()
-	eventually(t, 5*time.Second, "a new one is answered", func() bool {
+	eventually(t, patience, "a new one is answered", func() bool {
 		c, in := enter()
 		c.Close()
 		return in

@@ -403,7 +403,7 @@ func TestPageOutage(t *testing.T) {
 	addLink(t, a, "https://example.com/", "known")
 	follow(t, a, "/known", "https://example.com/")
 	pg.stopPostgres()
-	eventually(t, 10*time.Second, "hop sees that its database is gone", func() bool {
+	eventually(t, patience, "hop sees that its database is gone", func() bool {
 		return do(t, "GET", a.url+"/urls", "").status == http.StatusServiceUnavailable
 	})
 	hasAll(t, browse(t, a, 200, "/known+"), "https://<b>example.com</b>/", "cannot be read now")

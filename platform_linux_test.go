@@ -46,7 +46,7 @@ func TestConnDead(t *testing.T) {
 			}
 			tt.peer(peer)
 			if tt.want {
-				eventually(t, 5*time.Second, "it is seen", func() bool { return connDead(c) })
+				eventually(t, patience, "it is seen", func() bool { return connDead(c) })
 			} else if connDead(c) {
 				t.Error("dead, and nothing happened")
 			}

@@ -31,7 +31,7 @@ func TestReaderOvertakenByPoll(t *testing.T) {
 		got, _ := c.resolve(t.Context(), "abc", time.Now())
 		read <- got.id
 	}()
-	eventually(t, 5*time.Second, "it has read", func() bool { return pg.asked.Load() == 1 })
+	eventually(t, patience, "it has read", func() bool { return pg.asked.Load() == 1 })
 	pg.change("abc", 2)
 	c.poll()
 	pg.answers(nil, nil)
@@ -64,7 +64,7 @@ func TestReaderBeforeFirstPoll(t *testing.T) {
 		got, _ := c.resolve(t.Context(), "abc", time.Now())
 		read <- got.id
 	}()
-	eventually(t, 5*time.Second, "it has read", func() bool { return pg.asked.Load() == 1 })
+	eventually(t, patience, "it has read", func() bool { return pg.asked.Load() == 1 })
 	pg.change("abc", 2)
 	newPoller(c).poll(t.Context())
 	pg.answers(nil, nil)
@@ -93,7 +93,7 @@ func TestReaderOvertakenByChange(t *testing.T) {
 			b.resolve(t.Context(), code, time.Now())
 			close(read)
 		}()
-		eventually(t, 5*time.Second, "it has read", func() bool {
+		eventually(t, patience, "it has read", func() bool {
 			return pg.asked.Load() > before
 		})
 		pg.answers(nil, nil)
@@ -365,7 +365,7 @@ func TestPostgresCannotBePolled(t *testing.T) {
 	})
 	writer.resolves(t, "abc", 2, 1)
 	say := sayTo(t, server.url)
-	eventually(t, 2*ownFor, "the writer asks Redis again", func() bool {
+	eventually(t, patience, "the writer asks Redis again", func() bool {
 		return !writer.changedHere("abc")
 	})
 	expire(t, say, writer.key("abc"))

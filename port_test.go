@@ -75,7 +75,7 @@ func TestPortOfOneDatabase(t *testing.T) {
 	port := fmt.Sprintf("PORT=%d", first.port)
 	second := prepareHop(t, dsn, port)
 	second.start(t)
-	eventually(t, 10*time.Second, "the second is ready", func() bool {
+	eventually(t, patience, "the second is ready", func() bool {
 		return second.logged(t, "msg=ready")
 	})
 	first.end(syscall.SIGTERM)
@@ -85,14 +85,14 @@ func TestPortOfOneDatabase(t *testing.T) {
 
 	lost := prepareHop(t, "DATABASE_URL=postgres://hop@127.0.0.1:1/lost", port)
 	lost.start(t)
-	eventually(t, 10*time.Second, "the third waits", func() bool {
+	eventually(t, patience, "the third waits", func() bool {
 		return lost.logged(t, "not ready")
 	})
 	if lost.logged(t, "msg=listening") {
 		t.Error("it listens, and does not know for whom")
 	}
 	second.end(syscall.SIGTERM)
-	eventually(t, 5*time.Second, "the third listens", func() bool {
+	eventually(t, patience, "the third listens", func() bool {
 		r, err := roundTrip("GET", lost.url+"/both", "")
 		return err == nil && r.status == http.StatusServiceUnavailable
 	})

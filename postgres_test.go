@@ -309,7 +309,7 @@ func TestConnectionsEnded(t *testing.T) {
 			if ended < conns+1 {
 				t.Fatalf("%d connections ended, want %d", ended, conns+1)
 			}
-			eventually(t, 5*time.Second, "the connections are gone", func() bool {
+			eventually(t, patience, "the connections are gone", func() bool {
 				return scalar[int](t, db, `SELECT count(*) `+others) == 0
 			})
 			for range conns {
@@ -357,7 +357,7 @@ func TestBreaker(t *testing.T) {
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			tt.sick()
-			eventually(t, 5*time.Second, "the breaker opens", func() bool {
+			eventually(t, patience, "the breaker opens", func() bool {
 				return store.pg.current() == tt.state
 			})
 			began := time.Now()
@@ -371,7 +371,7 @@ func TestBreaker(t *testing.T) {
 				t.Errorf("ten questions while the breaker is open take %v", took)
 			}
 			tt.well()
-			eventually(t, 5*time.Second, "the breaker closes", store.pg.up)
+			eventually(t, patience, "the breaker closes", store.pg.up)
 			for range 4 { // more than there are connections: none may lead to what was sick
 				_, err := insertOnce(t.Context(), store.pg.requests, oneNumber, `
 					INSERT INTO click_journals (id, batch) VALUES (gen_random_uuid(), 1)
@@ -691,7 +691,7 @@ func openTestStore(t testing.TB, dsn string, conns int) *Store {
 	}
 	store := newStore(openPostgres(config, conns, slog.New(slog.DiscardHandler)))
 	t.Cleanup(store.pg.close)
-	eventually(t, 10*time.Second, "PostgreSQL is up", func() bool {
+	eventually(t, patience, "PostgreSQL is up", func() bool {
 		return store.pg.probe(t.Context()) == nil && store.pg.up()
 	})
 	return store

@@ -320,10 +320,10 @@ func TestListen(t *testing.T) {
 			return len(heard) >= len(codes) && slices.Equal(heard[len(heard)-len(codes):], codes)
 		}
 	}
-	eventually(t, 5*time.Second, "it hears", hears("one"))
-	eventually(t, 5*time.Second, "it hears several", hears("two", "three"))
+	eventually(t, patience, "it hears", hears("one"))
+	eventually(t, patience, "it hears several", hears("two", "three"))
 	say("CLIENT", "KILL", "TYPE", "pubsub")
-	eventually(t, 5*time.Second, "it hears again", hears("four"))
+	eventually(t, patience, "it hears again", hears("four"))
 	cancel()
 	select {
 	case <-done:
@@ -365,7 +365,7 @@ func text(reply any) string {
 func expire(t testing.TB, say func(string, ...any) any, key string) {
 	t.Helper()
 	say("PEXPIRE", key, 1)
-	eventually(t, 5*time.Second, key+" ends", func() bool { return say("EXISTS", key) == int64(0) })
+	eventually(t, patience, key+" ends", func() bool { return say("EXISTS", key) == int64(0) })
 }
 
 // checkTTL holds what is left of a key's time against bounds.

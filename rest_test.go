@@ -219,7 +219,7 @@ func startREST(t *testing.T, redis string, settings []string) *app {
 		}
 	}
 	a := startApp(t, settings...)
-	eventually(t, 5*time.Second, "redis is "+redis, func() bool {
+	eventually(t, patience, "redis is "+redis, func() bool {
 		var h wireHealth
 		do(t, "GET", a.url+"/health", "").json(t, &h)
 		return h.Redis.Status == redis

@@ -133,13 +133,13 @@ func TestRetentionRuns(t *testing.T) {
 	store, db := testStore(t, dsn)
 	fillClicks(t, store, 10, 1000)
 	a := startApp(t, "DATABASE_URL="+dsn, "KEEP_CLICKS=4d")
-	eventually(t, 20*time.Second, "old rows are removed", func() bool {
+	eventually(t, patience, "old rows are removed", func() bool {
 		return scalar[int64](t, db, `SELECT count(*) FROM events WHERE event_type = 'click'`) == 500
 	})
-	eventually(t, time.Second, "and counted", func() bool {
+	eventually(t, patience, "and counted", func() bool {
 		return scrape(t, a.url)["hop_click_events_removed_total"] == 500
 	})
-	eventually(t, time.Second, "and said", func() bool {
+	eventually(t, patience, "and said", func() bool {
 		return strings.Contains(a.logs.String(), "removed rows of old clicks")
 	})
 }

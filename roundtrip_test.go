@@ -238,7 +238,7 @@ func (w *world) lists(t *testing.T, a *app) map[string]string {
 func askUntilAnswered(t *testing.T, url string) reply {
 	t.Helper()
 	var r reply
-	eventually(t, 10*time.Second, "an answer to "+url, func() bool {
+	eventually(t, patience, "an answer to "+url, func() bool {
 		r = do(t, "GET", url, "")
 		return r.status != http.StatusServiceUnavailable
 	})

@@ -107,7 +107,7 @@ func TestRESTExpiry(t *testing.T) {
 		if l.ExpiresAt != end.Format(wireTime) {
 			t.Errorf("expires_at %q", l.ExpiresAt)
 		}
-		eventually(t, 4*time.Second, "the link has ended", func() bool {
+		eventually(t, patience, "the link has ended", func() bool {
 			asked := time.Now()
 			r := do(t, "GET", a.url+"/brief", "")
 			if r.status == http.StatusNotFound && time.Now().Before(end) {

@@ -61,7 +61,7 @@ func TestSeed(t *testing.T) {
 	}
 }
 
-// TestSeedRealSet loads a real set in under 2 s and gives it back byte for byte.
+// TestSeedRealSet loads a real set and gives it back byte for byte.
 func TestSeedRealSet(t *testing.T) {
 	dir := os.DirFS(filepath.Join("..", "shared", "mlh"))
 	if _, err := fs.Stat(dir, "urls.csv"); err != nil {
@@ -69,13 +69,12 @@ func TestSeedRealSet(t *testing.T) {
 	}
 	store, _ := fileStore(t)
 	var out bytes.Buffer
-	start := time.Now()
 	err := store.seed(t.Context(), dir, &out)
-	took := time.Since(start)
 	want := "loaded 400 users, 2000 urls, 3422 events in "
-	if err != nil || !strings.HasPrefix(out.String(), want) || took > 2*time.Second {
-		t.Fatalf("seed: %v after %v, and says %q", err, took, &out)
+	if err != nil || !strings.HasPrefix(out.String(), want) {
+		t.Fatalf("seed: %v, and says %q", err, &out)
 	}
+	t.Log(strings.TrimSpace(out.String()))
 	diffFiles(t, exportFiles(t, store), readFiles(t, dir))
 }
 
@@ -532,7 +531,7 @@ func storeAt(t *testing.T, url string) (*Store, *sql.DB) {
 	log := slog.New(slog.NewTextHandler(t.Output(), nil))
 	store := newStore(openPostgres(config, defaultDBConns(), log))
 	t.Cleanup(store.pg.close)
-	eventually(t, 10*time.Second, "PostgreSQL answers", func() bool {
+	eventually(t, patience, "PostgreSQL answers", func() bool {
 		return store.pg.probe(t.Context()) == nil
 	})
 	if _, err := store.migrate(t.Context()); err != nil {

@@ -601,7 +601,7 @@ func TestEventDuringDeleteUser(t *testing.T) {
 	}
 	deleted := make(chan error, 1)
 	go func() { deleted <- store.deleteUser(t.Context(), 1) }()
-	eventually(t, 5*time.Second, "the removal waits for the event", func() bool {
+	eventually(t, patience, "the removal waits for the event", func() bool {
 		return scalar[bool](t, db, `SELECT EXISTS (
 			SELECT 1 FROM pg_stat_activity
 			WHERE wait_event_type = 'Lock' AND query LIKE 'DELETE FROM users%'

@@ -62,7 +62,7 @@ func startRelease(t testing.TB, binary string, settings ...string) *process {
 // waitLogged waits until the process has logged text.
 func (p *process) waitLogged(t testing.TB, text string) {
 	t.Helper()
-	eventually(t, 20*time.Second, "the log says "+text, func() bool { return p.logged(t, text) })
+	eventually(t, patience, "the log says "+text, func() bool { return p.logged(t, text) })
 }
 
 // TestRollingUpgrade lets the new release take over from the first one, which then takes over
@@ -86,7 +86,8 @@ func TestRollingUpgrade(t *testing.T) {
 	f.fillLinks(t)
 
 	f.redirectAt(f.hop, full(2000, 200), full(200, 50), f.aims)
-	made := f.create(f.hop, full(100, 20), 20)
+	conns := full(20, 4) // each is used several times while hop drains, and told to close
+	made := f.create(f.hop, full(100, 20), conns)
 	f.wait(full(3*time.Second, time.Second))
 	for _, binary := range []string{current, old, current} {
 		next := startRelease(t, binary, settings...)
@@ -103,7 +104,9 @@ func TestRollingUpgrade(t *testing.T) {
 	f.figure("creates: %s, %d made, %d refused, missing %d", created.failures(), made.made(),
 		made.denied, missing)
 	allowed := full(0, created.n/50) // a small machine under other tests answers some too late
-	f.mark(created.failed == 0 && made.denied <= allowed && made.made() > 0, "no create fails")
+	f.mark(made.denied <= allowed && made.made() > 0, "creates are made")
+	f.mark(created.failed == closedIdle(created) && created.failed <= conns,
+		"a create fails only if it meets the end of an idle connection")
 	f.mark(missing == 0 && made.twice == 0, "no link is lost")
 	f.hops = []*process{f.hop}
 	f.judge(faultCase{mayFail: !fullLength})
@@ -111,6 +114,19 @@ func TestRollingUpgrade(t *testing.T) {
 	redirected := f.loads[0].figures(whole)
 	f.mark(redirected.failed <= full(0, redirected.n/50), "no redirect fails")
 	f.mark(balanced(t, pg.url), "the books balance")
+}
+
+// closedIdle counts the requests that left on a connection which the server was about to close, for
+// it was idle and the server ends. HTTP/1.1 cannot rule that out (RFC 9112, 9.3.1): clients send
+// such a request again if it is a GET, or has an Idempotency-Key.
+func closedIdle(sum figures) int {
+	n := 0
+	for why, times := range sum.whys {
+		if strings.HasPrefix(why, "broken: ") {
+			n += times
+		}
+	}
+	return n
 }
 
 // logRefusals logs what a hop has refused, and why.

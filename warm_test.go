@@ -282,7 +282,7 @@ func TestWarmUpWaits(t *testing.T) {
 	p.poll(ctx)
 	<-reading
 	key := tier.names.Load().code("code10")
-	eventually(t, 5*time.Second, "Redis is warm again", func() bool {
+	eventually(t, patience, "Redis is warm again", func() bool {
 		return say("EXISTS", key) == int64(1)
 	})
 }

@@ -86,8 +86,8 @@ readonly APT_INSTALL='
     printf "#!/bin/sh\nexit 101\n" >$policy
     chmod 755 $policy
   fi
-  apt-get update -qq
-  apt-get install -y -qq --no-install-recommends "$@"
+  apt-get update -qq -o Acquire::Retries=5
+  apt-get install -y -qq -o Acquire::Retries=5 --no-install-recommends "$@"
   for package in "$@"; do
     if [ -e "/etc/init.d/$package" ]; then update-rc.d "$package" disable || true; fi
   done'
