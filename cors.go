@@ -12,7 +12,7 @@ var (
 	anyHeader    = []string{"*"}
 	otherMethods = []string{"GET, HEAD, POST, PUT, PATCH, DELETE"}
 	otherHeaders = []string{"Authorization, Content-Type, If-Match, If-None-Match, Idempotency-Key"}
-	otherMaxAge  = []string{"7200"} // seconds until a browser asks again; none waits longer
+	otherMaxAge  = []string{"7200"} // seconds until a browser asks again; Chromium takes no more
 )
 
 // shareAnswer lets pages of other sites read an answer and its headers.

@@ -12,7 +12,7 @@ import (
 )
 
 // How hop reads CSV files, whoever wrote them: people, spreadsheets or programs. What the columns
-// mean is said by seed.go and import.go.
+// mean is said by tables.go and import.go.
 
 // Bounds of what is held of a file at a time. Without them one open quote makes all that follows
 // one field.
@@ -54,7 +54,7 @@ func newCSVReader(name string, file io.Reader, anyLength bool) (*csvReader, erro
 	buffered := bufio.NewReaderSize(guard, 64<<10)
 	head, err := buffered.Peek(peeked)
 	if err != nil && err != io.EOF {
-		return nil, guard.err
+		return nil, err
 	}
 	if bytes.HasPrefix(head, []byte("\xff\xfe")) || bytes.HasPrefix(head, []byte("\xfe\xff")) {
 		return nil, &rowError{name, 1, "1", "the file is UTF-16: save it as CSV in UTF-8"}

@@ -17,10 +17,12 @@ func (s *Server) handleListEvents(w http.ResponseWriter, r *http.Request) error 
 	if err := q.err(); err != nil {
 		return err
 	}
-	if err := s.countClicks(r.Context()); err != nil {
+	ctx, cancel := s.store.forOneAnswer(r.Context())
+	defer cancel()
+	if err := s.clicks.sync(ctx); err != nil {
 		return err
 	}
-	events, err := s.store.listEvents(r.Context(), filter, p)
+	events, err := s.store.listEvents(ctx, filter, p)
 	if err != nil {
 		return err
 	}

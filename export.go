@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"context"
 	"database/sql"
 	"encoding/csv"
@@ -28,7 +29,7 @@ const partSuffix = ".part"
 func (s *Store) export(ctx context.Context, dir string) error {
 	ctx, cancel := context.WithTimeout(ctx, exportWithin)
 	defer cancel()
-	if err := os.MkdirAll(dir, 0o755); err != nil {
+	if err := os.MkdirAll(dir, 0o700); err != nil { // names and addresses of people are in it
 		return err
 	}
 	oneMoment := &sql.TxOptions{Isolation: sql.LevelRepeatableRead, ReadOnly: true}
@@ -81,7 +82,7 @@ func putInPlace(written, empty []string) error {
 
 // export writes one file and returns how many rows it has.
 func (t csvTable) export(ctx context.Context, tx *sql.Tx, name string) (int, error) {
-	file, err := os.Create(name)
+	file, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
 		return 0, err
 	}
@@ -91,7 +92,7 @@ func (t csvTable) export(ctx context.Context, tx *sql.Tx, name string) (int, err
 		return 0, err
 	}
 	defer rows.Close()
-	w := csv.NewWriter(file) // it keeps its first error until the end
+	w := csv.NewWriter(file)
 	header := make([]string, len(t.columns))
 	for i, c := range t.columns {
 		header[i] = c.name
@@ -107,11 +108,13 @@ func (t csvTable) export(ctx context.Context, tx *sql.Tx, name string) (int, err
 		if err != nil {
 			return 0, err
 		}
-		w.Write(fields)
+		if err := w.Write(fields); err != nil {
+			return 0, err // a full disk is no news after the last of 100 M rows
+		}
 		count++
 	}
 	w.Flush()
-	return count, errors.Join(rows.Err(), w.Error(), file.Close())
+	return count, errors.Join(rows.Err(), w.Error(), file.Sync(), file.Close())
 }
 
 // ---- a map for nginx ----
@@ -124,7 +127,7 @@ const maxMapTarget = 4000
 //	map $code $target { include hop.map; }
 //
 // where $code is the path without its slash. nginx compares strings without regard to case; codes
-// that differ in nothing else are written as regular expressions, which do not.
+// that differ in nothing else, from whatever link, are written as regular expressions, which do not.
 func (s *Store) exportMap(ctx context.Context, out io.Writer) error {
 	ctx, cancel := context.WithTimeout(ctx, exportWithin)
 	defer cancel()
@@ -134,23 +137,26 @@ func (s *Store) exportMap(ctx context.Context, out io.Writer) error {
 			return err
 		}
 		rows, err := tx.QueryContext(ctx, `
-			SELECT short_code, original_url, count(*) OVER (PARTITION BY lower(short_code)) > 1
-			FROM urls WHERE `+isLive+` ORDER BY id`)
+			SELECT short_code, original_url, alike
+			FROM (SELECT *, count(*) OVER (PARTITION BY lower(short_code)) > 1 AS alike
+			      FROM urls) AS urls
+			WHERE `+isLive+` ORDER BY id`)
 		if err != nil {
 			return err
 		}
 		defer rows.Close()
+		lines := bufio.NewWriter(out)
 		for rows.Next() {
 			var code, target string
 			var alike bool
 			if err := rows.Scan(&code, &target, &alike); err != nil {
 				return err
 			}
-			if _, err := io.WriteString(out, mapLine(code, target, alike)); err != nil {
+			if _, err := lines.WriteString(mapLine(code, target, alike)); err != nil {
 				return err
 			}
 		}
-		return rows.Err()
+		return errors.Join(rows.Err(), lines.Flush())
 	})
 }
 

@@ -122,9 +122,9 @@ func (s *Store) importLinks(ctx context.Context, file io.Reader, rules targetRul
 	out io.Writer) error {
 
 	report := &importReport{out: out}
-	limited := &io.LimitedReader{R: file, N: maxImportFile}
+	limited := &io.LimitedReader{R: file, N: maxImportFile + 1}
 	rows, err := readImport(limited, rules, report)
-	if err == nil && limited.N == 0 {
+	if limited.N == 0 { // and where it was cut off is no fault of the file
 		err = fmt.Errorf("the file is larger than %d bytes: split it", maxImportFile)
 	}
 	if err != nil {
@@ -354,8 +354,9 @@ func readImportTime(s string) (string, error) {
 	}
 	for _, form := range importTimes {
 		t, err := time.Parse(form, s)
-		if err == nil && t.UTC().Year() > 0 {
-			return t.UTC().Format(csvTime), nil
+		t = t.UTC()
+		if err == nil && t.Year() > 0 && t.Year() <= 9999 {
+			return t.Format(csvTime), nil
 		}
 	}
 	return "", fmt.Errorf("%w, not %s", err, excerpt(s))

@@ -221,6 +221,8 @@ func TestExportMap(t *testing.T) {
 			expires_at)
 		VALUES ('plain', 'https://example.com/a;b?c={d}&e=''f''#g', now(), now(), true, NULL),
 		       ('ABC', 'https://example.com/upper', now(), now(), true, NULL),
+		       ('Asleep', 'https://example.com/asleep', now(), now(), false, NULL),
+		       ('asleep', 'https://example.com/awake', now(), now(), true, NULL),
 		       ('abc', 'https://example.com/lower', now(), now(), true, NULL),
 		       ('Default', 'https://example.com/$var/é?q="<\', now(), now(), true, NULL),
 		       ('sleeping', 'https://example.com/', now(), now(), false, NULL),
@@ -232,6 +234,7 @@ func TestExportMap(t *testing.T) {
 	}
 	const want = `plain "https://example.com/a;b?c={d}&e='f'#g";
 "~^ABC$" "https://example.com/upper";
+"~^asleep$" "https://example.com/awake";
 "~^abc$" "https://example.com/lower";
 \Default "https://example.com/%24var/%C3%A9?q=%22%3C%5C";
 # long: the target is too long for nginx

@@ -424,10 +424,12 @@ func (s *Server) addTarget(r *http.Request, info *linkInfo, code string) error {
 
 // addFigures says all that is known of a link, with every click answered before.
 func (s *Server) addFigures(r *http.Request, info *linkInfo, code string) error {
-	if err := s.countClicks(r.Context()); err != nil {
+	ctx, cancel := s.store.forOneAnswer(r.Context())
+	defer cancel()
+	if err := s.clicks.sync(ctx); err != nil {
 		return err
 	}
-	st, err := s.store.stats(r.Context(), code)
+	st, err := s.store.stats(ctx, code)
 	if err != nil {
 		return err
 	}

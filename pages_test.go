@@ -155,7 +155,7 @@ func TestPageSearchStops(t *testing.T) {
 		SELECT 'hay' || n, 'https://example.com/hay', now(), now() FROM generate_series(1, $1) AS n`,
 		searchWindow+10)
 	page := browse(t, a, 200, "/?q=needle")
-	hasAll(t, page, "No link fits.", "Only part of the links was searched", `href="/?after=`)
+	hasAll(t, page, "No link fits so far.", "Only part of the links was searched", `href="/?after=`)
 	next := regexp.MustCompile(`href="(/\?after=[^"#]*)`).FindStringSubmatch(page)[1]
 	page = browse(t, a, 200, strings.ReplaceAll(next, "&amp;", "&"))
 	hasAll(t, page, `value="needle"`, `<a href="needle">`)

@@ -83,7 +83,7 @@ func (s serverState) String() string {
 	return "down"
 }
 
-// postgres is a PostgreSQL server with three pools of connections to it.
+// postgres is a PostgreSQL server with pools of connections to it.
 type postgres struct {
 	requests   *pool // redirects' misses, creates and changes
 	readers    *pool // lists and figures: dear ones must not take the connections of the cheap

@@ -409,6 +409,21 @@ func TestHungHost(t *testing.T) {
 	}
 }
 
+// TestWaitsDoNotAddUp slows every packet down so that each question of /stats by itself ends in
+// time, and all three in turn do not: an answer that takes several has the time of one.
+func TestWaitsDoNotAddUp(t *testing.T) {
+	address := dialledBy(t, testDatabase(t))
+	p := startProxy(t, address.upstream)
+	a := startApp(t, "DATABASE_URL="+address.through(p))
+	addLink(t, a, "https://example.com/", "slow")
+	p.slow(func() time.Duration { return answerWithin / 5 })
+	began := time.Now()
+	r := do(t, "GET", a.url+"/stats/slow", "")
+	if took := time.Since(began); r.status != 503 || took > inTime {
+		t.Errorf("%d after %v", r.status, took)
+	}
+}
+
 // TestPostgresRefused asks a port where nobody listens: people learn where hop knocked and what to
 // set, and no password.
 func TestPostgresRefused(t *testing.T) {

@@ -88,8 +88,9 @@ func (l *loader) moveSequence(ctx context.Context, t csvTable) error {
 		return nil // its rows have no ids of their own
 	}
 	_, err := txExec(ctx, l.tx, fmt.Sprintf(`
-		SELECT setval('%[1]s_id_seq', top) FROM (SELECT max(id) AS top FROM %[1]s) AS t
-		WHERE top >= (SELECT last_value FROM %[1]s_id_seq)`, t.name))
+		SELECT setval('%[1]s_id_seq', top)
+		FROM %[1]s_id_seq, (SELECT max(id) AS top FROM %[1]s) AS t
+		WHERE top > last_value OR top = last_value AND NOT is_called`, t.name))
 	return err
 }
 

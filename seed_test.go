@@ -16,7 +16,6 @@ import (
 	"testing"
 	"testing/fstest"
 	"testing/iotest"
-	"time"
 )
 
 // TestSeed loads the built-in files, twice, and goes on: numbers, sequences, and the way back to

@@ -36,6 +36,11 @@ func newStore(pg *postgres) *Store {
 	return &Store{pg: pg, bulkLoads: limiter{max: 1}, uploads: limiter{max: maxUploadBlocks}}
 }
 
+// forOneAnswer gives the questions that lead to one answer, all together, the time of one.
+func (s *Store) forOneAnswer(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(ctx, s.pg.readers.within)
+}
+
 // Advisory locks: "hop" in ASCII and a number. Each is held to the end of one transaction.
 const (
 	clickLock  = 0x686f7001 // flushes of clicks, which touch many rows, one at a time

@@ -286,12 +286,14 @@ func (s *Server) handleListLinks(w http.ResponseWriter, r *http.Request) error {
 	if err := q.err(); err != nil {
 		return err
 	}
+	ctx, cancel := s.store.forOneAnswer(r.Context())
+	defer cancel()
 	if filter.sort == byClicks {
-		if err := s.countClicks(r.Context()); err != nil {
+		if err := s.clicks.sync(ctx); err != nil {
 			return err
 		}
 	}
-	found, err := s.store.listLinks(r.Context(), filter, p)
+	found, err := s.store.listLinks(ctx, filter, p)
 	if err != nil {
 		return err
 	}
@@ -406,21 +408,16 @@ func (s *Server) handleStats(w http.ResponseWriter, r *http.Request) error {
 	if !validCode(code) {
 		return errNotFound
 	}
-	if err := s.countClicks(r.Context()); err != nil {
+	ctx, cancel := s.store.forOneAnswer(r.Context())
+	defer cancel()
+	if err := s.clicks.sync(ctx); err != nil {
 		return err
 	}
-	st, err := s.store.stats(r.Context(), code)
+	st, err := s.store.stats(ctx, code)
 	if err != nil {
 		return err
 	}
 	return writeJSON(w, http.StatusOK, st)
-}
-
-// countClicks has all clicks counted that were recorded so far.
-func (s *Server) countClicks(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, answerWithin)
-	defer cancel()
-	return s.clicks.sync(ctx)
 }
 
 // ---- changing links ----
@@ -447,8 +444,10 @@ func (s *Server) changeLink(r *http.Request, f *fields) (answeredLink, error) {
 		return answeredLink{}, err
 	}
 	f.problems = problems{} // a target that the rules refuse by now may still stay as it is
+	ctx, cancel := s.store.forOneAnswer(r.Context())
+	defer cancel()
 	id := pathID(r)
-	before, err := s.store.link(r.Context(), id)
+	before, err := s.store.link(ctx, id)
 	if err != nil {
 		return answeredLink{}, err
 	}
@@ -457,7 +456,7 @@ func (s *Server) changeLink(r *http.Request, f *fields) (answeredLink, error) {
 	}
 	var after link
 	pending, err := s.cache.change(before.ShortCode, func() error {
-		after, err = s.store.updateLink(r.Context(), id, func(old link) (linkChange, error) {
+		after, err = s.store.updateLink(ctx, id, func(old link) (linkChange, error) {
 			if err := checkMatch(r, old); err != nil {
 				return linkChange{}, err
 			}
@@ -512,8 +511,10 @@ func (s *Server) handleDeleteLink(w http.ResponseWriter, r *http.Request) error 
 
 // removeLink hides the link of r's path for good, here and in every cache, before it returns.
 func (s *Server) removeLink(r *http.Request) (pending bool, err error) {
+	ctx, cancel := s.store.forOneAnswer(r.Context())
+	defer cancel()
 	id := pathID(r)
-	before, err := s.store.link(r.Context(), id)
+	before, err := s.store.link(ctx, id)
 	if err != nil {
 		return false, err
 	}
@@ -521,7 +522,7 @@ func (s *Server) removeLink(r *http.Request) (pending bool, err error) {
 		return false, err
 	}
 	return s.cache.change(before.ShortCode, func() error {
-		_, err := s.store.deleteLink(r.Context(), id, func(l link) error { return checkMatch(r, l) })
+		_, err := s.store.deleteLink(ctx, id, func(l link) error { return checkMatch(r, l) })
 		return err
 	})
 }

@@ -98,13 +98,15 @@ const (
 func (s *Server) handleBulkUsers(w http.ResponseWriter, r *http.Request) error {
 	control := http.NewResponseController(w)
 	control.SetReadDeadline(time.Now().Add(fileWithin)) // the server's own is for small bodies
-	control.SetWriteDeadline(time.Now().Add(2 * fileWithin))
+	control.SetWriteDeadline(time.Now().Add(2*fileWithin + time.Second))
+	ctx, cancel := context.WithTimeout(r.Context(), 2*fileWithin)
+	defer cancel()
 	r.Body = http.MaxBytesReader(w, r.Body, maxUsersFile)
 	file, err := bulkFile(r)
 	if err != nil {
 		return err
 	}
-	loaded, err := s.store.loadUsers(r.Context(), bodyReader{file})
+	loaded, err := s.store.loadUsers(ctx, bodyReader{file})
 	if bad, ok := errors.AsType[*rowError](err); ok {
 		return badRequest("invalid_csv", bad.Error())
 	}
@@ -142,11 +144,11 @@ func bulkFile(r *http.Request) (io.Reader, error) {
 	}
 	for {
 		part, err := form.NextPart()
-		if _, tooLarge := errors.AsType[*http.MaxBytesError](err); tooLarge {
-			return nil, bodyError(err)
+		if err == io.EOF {
+			return nil, errNoFile
 		}
 		if err != nil {
-			return nil, errNoFile
+			return nil, bodyError(err)
 		}
 		if part.FormName() == "file" {
 			return part, nil

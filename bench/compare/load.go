@@ -182,6 +182,9 @@ func summarise(took []time.Duration) latencies {
 		failed++
 	}
 	good := took[failed:]
+	if len(good) == 0 {
+		return latencies{failed: failed}
+	}
 	at := func(p float64) float64 {
 		return float64(good[min(len(good)-1, int(p*float64(len(good))))].Microseconds()) / 1000
 	}
