@@ -18,7 +18,7 @@ for arch in amd64 arm64; do
   mkdir "$scratch/$name"
   CGO_ENABLED=0 GOOS=linux GOARCH=$arch GOFLAGS='' go build -trimpath \
     -ldflags "-s -w -X main.release=$tag" -o "$scratch/$name/hop" .
-  cp -r LICENSE README.md RELIABILITY.md docs deploy "$scratch/$name/"
+  cp -r LICENSE README.md RELIABILITY.md BENCHMARKS.md docs deploy "$scratch/$name/"
   # Owners, modes and times that are the same everywhere; gzip -n leaves out the time.
   tar --directory "$scratch" --sort=name --owner=0 --group=0 --numeric-owner --mode=u=rwX,go=rX \
     --mtime="@$moment" -cf - "$name" | gzip -n -9 >"$out/$name.tar.gz"
