@@ -80,8 +80,9 @@ func loadConfig(getenv func(string) string) (Config, error) {
 	return c, errors.Join(s.errs...)
 }
 
-// defaultDBConns is about four per core, which keeps PostgreSQL busy; more only queue inside it.
-func defaultDBConns() int { return max(8, 4*runtime.GOMAXPROCS(0)) }
+// defaultDBConns is four per core and at least 8, which keeps PostgreSQL busy; more only queue
+// inside it.
+func defaultDBConns() int { return min(maxDBConns, max(8, 4*runtime.GOMAXPROCS(0))) }
 
 // Open says whether everybody may use the API, for want of a token.
 func (c Config) Open() bool { return len(c.APITokens) == 0 }

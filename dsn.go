@@ -243,5 +243,5 @@ func quoted(s string) bool {
 	return first == last && (first == '"' || first == '\'' || first == '`')
 }
 
-// isSpaceOrControl says whether r is no visible character of ASCII or beyond.
+// isSpaceOrControl says whether r is a blank or a control character of ASCII.
 func isSpaceOrControl(r rune) bool { return r <= ' ' || r == 0x7f }

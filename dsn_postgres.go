@@ -218,6 +218,8 @@ func adaptParameter(p parameter, afterPassword bool) (parameter, string, error) 
 		return parameter{"sslmode", "require"}, has + "is taken as sslmode=require", nil
 	case (p.name == "schema" || p.name == "currentSchema") && p.value != "public":
 		return parameter{"search_path", p.value}, has + "is taken as search_path", nil
+	case slices.Contains(ownParameters, strings.ToLower(p.name)):
+		return parameter{}, has + "is left out: hop sets its own", nil
 	case isDriverParameter(p.name):
 		return p, "", nil
 	case slices.Contains(foreignParameters, p.name):
@@ -251,6 +253,10 @@ func checkServers(parameters []parameter) error {
 	}
 	return nil
 }
+
+// ownParameters are set by hop itself: see brakes.go and postgres.go.
+var ownParameters = strings.Fields(`
+	statement_timeout idle_in_transaction_session_timeout connect_timeout binary_parameters`)
 
 // driverParameters are those of lib/pq.
 var driverParameters = strings.Fields(`

@@ -111,8 +111,10 @@ var databaseCases = []dsnCase{
 		"hop@db:5432/links prefer", "gssencmode keepalives keepalives_idle keepalives_interval " +
 			"keepalives_count tcp_user_timeout", ""},
 	{"lib/pq's", "postgres://hop:" + plain + "@db/links?sslnegotiation=direct&sslmode=require&" +
-		"connect_timeout=10&application_name=hop&target_session_attrs=any", plain,
-		"hop@db:5432/links require", "", ""},
+		"application_name=hop&target_session_attrs=any", plain, "hop@db:5432/links require", "", ""},
+	{"what hop sets itself", "postgres://hop:" + plain + "@db/links?connect_timeout=10&" +
+		"Statement_Timeout=0&binary_parameters=no", plain, "hop@db:5432/links prefer",
+		"connect_timeout Statement_Timeout binary_parameters", ""},
 	{"PostgreSQL's", "postgres://hop:" + plain + "@db/links?search_path=hop&TimeZone=UTC",
 		plain, "hop@db:5432/links prefer", "", ""},
 	{"pgx", "postgres://hop:" + plain + "@db/links?sslmode=disable&pool_max_conns=10", plain,
@@ -230,8 +232,8 @@ var databaseCases = []dsnCase{
 		plain, "", "", "has the parameter sslcrl, which hop cannot keep to"},
 	{"wrong value", "postgres://hop:" + plain + "@db/links?sslmode=REQUIRED", plain, "", "",
 		"has a wrong value for the parameter sslmode"},
-	{"wrong timeout", "postgres://hop:" + plain + "@db/links?connect_timeout=10s", plain, "", "",
-		"has a wrong value for the parameter connect_timeout"},
+	{"wrong switch", "postgres://hop:" + plain + "@db/links?sslsni=maybe", plain, "", "",
+		"has a wrong value for the parameter sslsni"},
 	{"wrong port", "postgres://hop:" + plain + "@db:65536/links", plain, "", "", errPort.Error()},
 	{"wrong port in key=value", "host=db port=none", "", "", "", errPort.Error()},
 	{"wrong host", "postgres://hop:" + plain + "@db!/links", plain, "", "", errHost.Error()},

@@ -991,6 +991,13 @@ func (p *proxy) enter(c net.Conn) {
 	p.conns[c] = true
 }
 
+// open is how many clients are connected.
+func (p *proxy) open() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return len(p.conns) / 2 // both sides of each
+}
+
 // leave closes a connection.
 func (p *proxy) leave(c net.Conn) {
 	c.Close()

@@ -124,8 +124,8 @@ type budget struct {
 	spent  atomic.Int64
 }
 
-// spend says whether one more event is allowed at now. Two calls that meet at the turn of a second
-// may allow one too many.
+// spend says whether one more event is allowed at now. Calls that meet at the turn of a second may
+// be forgotten: a few too many pass then.
 func (b *budget) spend(now time.Time) bool {
 	second := now.Unix()
 	if b.second.Swap(second) != second {

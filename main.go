@@ -20,12 +20,12 @@
 //	BASE_URL               what short links begin with: http://localhost:PORT
 //	DATABASE_URL *         postgres://user:password@host:port/name, or key=value; else PGHOST, …
 //	DATABASE_PUBLIC_URL *  used when DATABASE_URL is not set or its host does not resolve
-//	DB_CONNS               connections for requests: 4 per core; half as many more are for lists
-//	                       and figures, and 6 for background work
+//	DB_CONNS               connections for requests: 4 per core, at least 8; half as many more are
+//	                       for lists and figures, 2 for bulk creates, and 6 for background work
 //	REDIS_URL *            redis://host:port, or redis+sentinel://host1,host2/mymaster; without it
 //	                       hop runs with its local cache alone
-//	API_TOKEN *            one or more tokens of 32 bytes or more, separated by commas: everything
-//	                       but redirects and health then needs one
+//	API_TOKEN *            one or more tokens of 32 bytes or more, separated by commas: creates,
+//	                       changes, lists and figures then need one
 //	READ_TOKEN *           likewise, for reading only
 //	DATA_DIR               data: where clicks wait for PostgreSQL and survive kill -9
 //	LOCAL_CACHE            100000: links kept in this process, 400 bytes each
@@ -285,10 +285,10 @@ func (h *hop) start(ctx context.Context) {
 func (h *hop) close(ctx context.Context) {
 	s := h.server
 	h.stopWork()
-	h.work.Wait()
-	h.stopJobs()
 	flushed := make(chan struct{})
 	go func() {
+		h.work.Wait() // the building of an index cannot be stopped
+		h.stopJobs()
 		h.jobs.Wait()
 		close(flushed)
 	}()

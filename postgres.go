@@ -23,7 +23,7 @@ import (
 // What it asks is in store.go.
 //
 // Promise: whatever PostgreSQL and the network do, a question of a request ends within
-// answerWithin. A question carries its deadline in its context, and timedConn sets it on the
+// answerWithin, one for many links within bulkWithin. A question carries its deadline in its context, and timedConn sets it on the
 // socket; nothing below database/sql can wait any longer. TestPostgresSick holds this.
 
 const (
@@ -608,20 +608,29 @@ func (s *watchedSocket) Write(p []byte) (int, error) {
 }
 
 // socketDialer dials one connection, keeps its socket, and gives it a deadline. The driver asks it
-// for one host after another until one is as wanted.
+// for one host after another until one is as wanted, and for a host that has no TLS twice.
 type socketDialer struct {
-	socket *watchedSocket
-	hosts  int // that were not dialled yet
+	socket   *watchedSocket
+	hosts    int       // that were not dialled yet
+	addr     string    // dialled last
+	deadline time.Time // for addr
 }
 
 // DialContext dials addr. The driver then logs in under the same deadline. Each host may take an
 // equal share of the time that is left: one that hangs must not keep the driver from the next.
 func (d *socketDialer) DialContext(ctx context.Context, network, addr string) (net.Conn, error) {
+	if d.socket != nil {
+		d.socket.Close() // the driver leaves it open when it goes on without TLS
+	}
 	deadline, _ := ctx.Deadline()
-	if d.hosts > 1 {
+	if addr == d.addr {
+		deadline = d.deadline
+	} else if d.hosts > 1 {
 		deadline = time.Now().Add(time.Until(deadline) / time.Duration(d.hosts))
 		d.hosts--
 	}
+	d.addr = addr
+	d.deadline = deadline
 	ctx, cancel := context.WithDeadline(ctx, deadline)
 	defer cancel()
 	socket, err := new(net.Dialer).DialContext(ctx, network, addr)
@@ -695,7 +704,7 @@ func (c *timedConn) QueryContext(ctx context.Context, query string,
 }
 
 // ExecContext runs a statement that ends with the deadline of ctx. Outside a transaction it sets no
-// brakes: only ANALYZE and the building of indexes come here, which may take their time.
+// brakes: only ANALYZE, which ends with the socket's deadline, and the building of indexes come here.
 func (c *timedConn) ExecContext(ctx context.Context, query string,
 	args []driver.NamedValue) (driver.Result, error) {
 

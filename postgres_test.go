@@ -424,6 +424,28 @@ func TestWaitsDoNotAddUp(t *testing.T) {
 	}
 }
 
+// TestNoSocketIsLeft dials a server without TLS as sslmode=prefer does, twice for each connection:
+// the first socket is closed.
+func TestNoSocketIsLeft(t *testing.T) {
+	address := dialledBy(t, testDatabase(t))
+	p := startProxy(t, address.upstream)
+	store, _ := testStore(t, strings.Replace(address.through(p), "disable", "prefer", 1), 2)
+	const conns = 2
+	idle(t, store.pg.requests, conns)
+	eventually(t, patience, "each connection has one socket", func() bool {
+		return p.open() == store.pg.openConns()
+	})
+}
+
+// openConns is how many connections all pools have.
+func (pg *postgres) openConns() int {
+	n := 0
+	for _, pool := range []*pool{pg.requests, pg.readers, pg.bulk, pg.background} {
+		n += pool.Stats().OpenConnections
+	}
+	return n
+}
+
 // TestPostgresRefused asks a port where nobody listens: people learn where hop knocked and what to
 // set, and no password.
 func TestPostgresRefused(t *testing.T) {

@@ -54,12 +54,13 @@ const (
 	removalPause = 50 * time.Millisecond
 	removalShare = 4
 
-	// removalTurnTime is how long the process that removes may be silent before another goes on.
-	removalTurnTime = time.Minute
-
 	// removalEvery is the pause after all old rows are gone, after a failure, and of a process
 	// whose turn it is not. Rows grow old once a day.
 	removalEvery = time.Minute
+
+	// removalTurnTime is how long the process that removes may be silent before another goes on,
+	// from the first event. A pause is no silence.
+	removalTurnTime = 3 * removalEvery
 )
 
 // remover removes the rows of old clicks.

@@ -190,6 +190,15 @@ func (s *Store) upgradeSchema(ctx context.Context, version int) error {
 			}
 		}
 		err := s.pg.background.inTx(ctx, func(ctx context.Context, tx *sql.Tx) error {
+			var broken bool
+			err := tx.QueryRowContext(ctx, `
+				SELECT EXISTS (SELECT 1 FROM pg_index WHERE `+brokenIndex+`)`).Scan(&broken)
+			if err == nil && broken {
+				err = errIndexInWork
+			}
+			if err != nil {
+				return err
+			}
 			return setVersion(ctx, tx, step.version)
 		})
 		if err != nil {
@@ -198,6 +207,13 @@ func (s *Store) upgradeSchema(ctx context.Context, version int) error {
 	}
 	return nil
 }
+
+// brokenIndex is a condition on pg_index: an index that is being built, or whose build broke off.
+const brokenIndex = `NOT indisvalid AND indrelid IN (to_regclass('urls'), to_regclass('events'))`
+
+// errIndexInWork keeps a step from being done while another replica is at its index: if that one
+// died now, nobody would build it.
+var errIndexInWork = errors.New("another replica is building an index")
 
 // runQuick runs one statement that needs a table for itself, and gives up soon if it is in use.
 func (s *Store) runQuick(ctx context.Context, statement string) error {
@@ -228,7 +244,7 @@ func (s *Store) runConcurrent(ctx context.Context, statement string) error {
 	var broken []string
 	rows, err := conn.QueryContext(ctx, `
 		SELECT indexrelid::regclass::text FROM pg_index
-		WHERE NOT indisvalid AND indrelid IN (to_regclass('urls'), to_regclass('events'))
+		WHERE `+brokenIndex+`
 		      AND NOT EXISTS (SELECT 1 FROM pg_stat_progress_create_index
 		                      WHERE datname = current_database())`)
 	if err != nil {

@@ -23,15 +23,8 @@ import (
 //go:embed seeds/*.csv
 var seeds embed.FS
 
-const (
-	// chunkRows go into one INSERT: enough to make the round trip cheap, few enough to keep memory
-	// flat.
-	chunkRows = 5000
-
-	// loadLock makes loads wait for each other: two that hold the same rows in other orders would
-	// deadlock. See the locks in store.go.
-	loadLock = 0x686f7004
-)
+// chunkRows go into one INSERT: enough to make the round trip cheap, few enough to keep memory flat.
+const chunkRows = 5000
 
 // loader reads files into one transaction.
 type loader struct {
@@ -250,8 +243,7 @@ func refuseTaken(t csvTable, line int, _ int64) error {
 
 // lockLoads waits until no other load is under way, in the whole database.
 func lockLoads(ctx context.Context, tx *sql.Tx) error {
-	_, err := txExec(ctx, tx, `SELECT pg_advisory_xact_lock($1)`, int64(loadLock))
-	return err
+	return txLock(ctx, tx, loadLock)
 }
 
 // seed loads the files of dir, all or nothing, and prints to out how far it is and what it did. It

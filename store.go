@@ -46,11 +46,16 @@ const (
 	clickLock  = 0x686f7001 // flushes of clicks, which touch many rows, one at a time
 	userLock   = 0x686f7002 // the check that a user name is free, and the insert after it
 	schemaLock = 0x686f7003 // changes of the schema
+
+	// loadLock makes loads wait for each other: two that hold the same rows in other orders would
+	// deadlock.
+	loadLock = 0x686f7004
 )
 
 // Pieces of SQL that several questions share.
 const (
 	utcNow   = `date_trunc('second', now() AT TIME ZONE 'UTC')`
+	utcToday = `(now() AT TIME ZONE 'UTC')::date`
 	userCols = `id, username, email, created_at`
 	linkCols = `urls.id, urls.user_id, short_code, original_url, title, is_active, created_at,
 		updated_at, expires_at`

@@ -19,7 +19,7 @@ const (
 // saveClicks counts a batch of a journal's clicks exactly once, however often it is sent, and
 // returns the number of the journal's first click that is not counted. That is b.to when the batch
 // was counted now. If the journal does not stand at b.from, nothing is counted, and the result says
-// where it stands. It may take as long as backgroundWithin.
+// where it stands. One that PostgreSQL does not know is taken to stand there. It may take as long as backgroundWithin.
 func (s *Store) saveClicks(ctx context.Context, b clickBatch) (int64, error) {
 	position := b.to
 	err := s.pg.background.inTx(ctx, func(ctx context.Context, tx *sql.Tx) error {
@@ -124,12 +124,14 @@ const countClicksSQL = `
 	    WHERE updated.id IS NULL
 	), held AS (
 	    SELECT f.id, f.day, (SELECT count(*) FROM clicks_daily AS d
-	                         WHERE d.url_id = f.id AND d.day = f.day) AS n
+	                         WHERE d.url_id = f.id AND d.day = f.day
+	                               AND d.referrer NOT IN ('', $8)) AS n
 	    FROM (SELECT DISTINCT id, day FROM fresh) AS f
 	), placed AS (
 	    SELECT id, day, clicks, bots,
 	           CASE WHEN referrer = '' OR held.n + row_number() OVER (
-	                    PARTITION BY id, day ORDER BY clicks + bots DESC, referrer) <= $7
+	                    PARTITION BY id, day, referrer = ''
+	                    ORDER BY clicks + bots DESC, referrer) <= $7
 	                THEN referrer ELSE $8 END AS referrer
 	    FROM fresh JOIN held USING (id, day)
 	)

@@ -178,7 +178,7 @@ func (s *Store) eventsOfUser(ctx context.Context, f eventFilter, p page) (listed
 const userEvents = `(
 	(SELECT * FROM events
 	 WHERE user_id = $1 AND id > $2 AND id <= $3
-	       AND ($5 = '' OR event_type = $5) AND ($6 = 0 OR url_id = $6)
+	       AND ($5 = '' OR event_type = $5) AND ($6::bigint = 0 OR url_id = $6::bigint)
 	 ORDER BY id LIMIT $4)
 	UNION ALL
 	(SELECT click.* FROM urls AS own CROSS JOIN LATERAL (
@@ -186,6 +186,7 @@ const userEvents = `(
 	     WHERE url_id = own.id AND id > $2 AND id <= $3 AND event_type = 'click'
 	           AND user_id IS NULL AND json_typeof(details) <> 'object'
 	     ORDER BY id LIMIT $4) AS click
-	 WHERE own.user_id = $1 AND $5 IN ('', 'click') AND ($6 = 0 OR own.id = $6)
+	 WHERE own.user_id = $1 AND $5 IN ('', 'click')
+	       AND ($6::bigint = 0 OR own.id = $6::bigint)
 	 ORDER BY click.id LIMIT $4)
 ) AS events`

@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"strings"
 	"time"
 
 	"github.com/lib/pq"
@@ -17,19 +16,32 @@ import (
 
 // createLinks makes all of links that it can and logs a created event for each. Their codes must
 // differ from each other. Many are made in one statement and so one commit; a link that PostgreSQL
-// cannot store fails alone: the others are then made one by one.
+// cannot store fails alone: the others are then made one by one, until the database has no time.
 func (s *Store) createLinks(ctx context.Context, links []newLink) ([]createResult, error) {
 	if len(links) > 1 {
 		results, err := s.insertLinks(ctx, links)
-		if err == nil || errors.Is(err, errUnavailable) {
+		if err == nil || isBusy(err) {
 			return results, err
 		}
 	}
 	results := make([]createResult, len(links))
+	var busy error
 	for i, l := range links {
+		if busy != nil {
+			results[i].err = busy
+			continue
+		}
 		results[i] = s.insertLink(ctx, l)
+		if isBusy(results[i].err) {
+			busy = results[i].err
+		}
 	}
 	return results, nil
+}
+
+// isBusy says whether err is about the database, and not about what it was asked.
+func isBusy(err error) bool {
+	return errors.Is(err, errUnavailable) || errors.Is(err, errOverloaded)
 }
 
 // insertLink makes one link. PostgreSQL plans its statement in half the time that the one for many
@@ -80,7 +92,7 @@ type linkRow struct {
 	Details  json.RawMessage `json:"details"`
 }
 
-// row is the link as insertLinks sends it.
+// row is the link as both INSERTs send it.
 func (l newLink) row(position int) linkRow {
 	row := linkRow{
 		Position: position,
@@ -388,8 +400,10 @@ func (s *Store) linkQuery(ctx context.Context, f linkFilter, p page) (q listQuer
 		}
 	}
 	if f.search != "" {
-		q.where(`(strpos(lower(short_code), ?) > 0 OR strpos(lower(original_url), ?) > 0
-			OR strpos(lower(title), ?) > 0)`, strings.ToLower(f.search))
+		// Both sides by PostgreSQL's lower(), which in some locales knows ASCII only.
+		q.where(`(strpos(lower(short_code), lower(?::text)) > 0
+			OR strpos(lower(original_url), lower(?::text)) > 0
+			OR strpos(lower(title), lower(?::text)) > 0)`, f.search)
 	}
 	return q, stopped, nil
 }
@@ -433,21 +447,21 @@ func (s *Store) stats(ctx context.Context, code string) (linkStats, error) {
 	st, err := queryOne(ctx, s.pg.readers, statsDest, `
 		SELECT `+linkCols+`, click_count, last_clicked_at, COALESCE((
 		    SELECT sum(bots) FROM clicks_daily
-		    WHERE url_id = urls.id AND day > CURRENT_DATE - $2::int), 0)::bigint
+		    WHERE url_id = urls.id AND day > `+utcToday+` - $2::int), 0)::bigint
 		FROM urls WHERE short_code = $1 AND deleted_at IS NULL`, code, figureDays)
 	if err != nil {
 		return st, err
 	}
 	st.ClicksPerDay, err = queryAll(ctx, s.pg.readers, dayDest, `
 		SELECT day::text, sum(clicks)::bigint FROM clicks_daily
-		WHERE url_id = $1 AND clicks > 0 AND day > CURRENT_DATE - $2::int
+		WHERE url_id = $1 AND clicks > 0 AND day > `+utcToday+` - $2::int
 		GROUP BY day ORDER BY day DESC`, st.ID, figureDays)
 	if err != nil {
 		return st, err
 	}
 	st.TopReferrers, err = queryAll(ctx, s.pg.readers, hostDest, `
 		SELECT referrer, sum(clicks)::bigint FROM clicks_daily
-		WHERE url_id = $1 AND clicks > 0 AND referrer <> '' AND day > CURRENT_DATE - $2::int
+		WHERE url_id = $1 AND clicks > 0 AND referrer <> '' AND day > `+utcToday+` - $2::int
 		GROUP BY referrer ORDER BY 2 DESC, 1 LIMIT 10`, st.ID, figureDays)
 	return st, err
 }

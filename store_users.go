@@ -76,7 +76,8 @@ func (s *Store) deleteUser(ctx context.Context, id int64) error {
 	if _, err := s.user(ctx, id); err != nil {
 		return err
 	}
-	// In id order, as flushes of clicks lock their rows: two orders would deadlock.
+	// In id order, so that two removals do not deadlock. A flush of clicks locks in any order: who
+	// loses to it is tried again (collided).
 	disown := []string{`
 		UPDATE events SET user_id = NULL WHERE id IN (
 		    SELECT id FROM events WHERE user_id = $1 ORDER BY id LIMIT $2 FOR UPDATE)`, `

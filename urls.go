@@ -226,7 +226,9 @@ func (s *Server) handleBulkLinks(w http.ResponseWriter, r *http.Request) error {
 		links = append(links, l)
 		positions = append(positions, i)
 	}
-	if err := s.createItems(r.Context(), links, positions, results); err != nil {
+	ctx, cancel := context.WithTimeout(r.Context(), bulkWithin)
+	defer cancel()
+	if err := s.createItems(ctx, links, positions, results); err != nil {
 		return err
 	}
 	return writeJSON(w, http.StatusOK, map[string]any{"results": results})
@@ -237,10 +239,12 @@ func (s *Server) handleBulkLinks(w http.ResponseWriter, r *http.Request) error {
 func (s *Server) createItems(ctx context.Context, links []newLink, positions []int,
 	results []bulkResult) error {
 
-	unavailable := 0
+	notMade := 0
+	var busy error
 	for i, made := range s.createLinks(ctx, links) {
-		if errors.Is(made.err, errUnavailable) {
-			unavailable++
+		if isBusy(made.err) {
+			busy = made.err
+			notMade++
 		}
 		if made.err != nil {
 			results[positions[i]] = refusedItem(made.err)
@@ -250,8 +254,8 @@ func (s *Server) createItems(ctx context.Context, links []newLink, positions []i
 		a.ShortURL = s.shortURL(a.ShortCode)
 		results[positions[i]] = bulkResult{Status: http.StatusCreated, URL: &a}
 	}
-	if unavailable > 0 && unavailable == len(links) {
-		return errUnavailable
+	if notMade == len(links) {
+		return busy
 	}
 	return nil
 }
