@@ -16,8 +16,8 @@ GOTESTSUM   := go run gotest.tools/gotestsum@v1.13.0
 GOVULNCHECK := go run golang.org/x/vuln/cmd/govulncheck@v1.9.0
 
 # The tests kill servers and look at the clock, on machines that others use too: one that fails runs
-# once more, alone, and both runs are printed. What fails twice is a fault, and so is a data race.
-RERUN := --rerun-fails=1 --rerun-fails-run-root-test --rerun-fails-abort-on-data-race
+# again, alone, and what every run said is printed. Three failures are a fault, and so is a data race.
+RERUN := --rerun-fails=2 --rerun-fails-run-root-test --rerun-fails-abort-on-data-race
 
 # Throw-away services; durable ones where figures or crashes count (bench, growth, smoke).
 WITH_SERVICES      := scripts/with-services.sh

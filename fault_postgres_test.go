@@ -139,7 +139,12 @@ func TestFault08PostgresCrashedInFlush(t *testing.T) {
 			for k := range crashes {
 				f.wait(full(3*time.Second, 500*time.Millisecond))
 				if k%2 == 0 {
+					const warm = "caches warm" // once more for a PostgreSQL that was started again
+					before := strings.Count(f.hop.log(f), warm)
 					crashInLock(f)
+					eventually(f, patience, warm, func() bool {
+						return strings.Count(f.hop.log(f), warm) > before
+					})
 				} else {
 					crashBackend(f)
 				}

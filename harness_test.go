@@ -538,7 +538,7 @@ func (p *process) waitRedis(t testing.TB) {
 // dialRedis is a connection for a test's own commands.
 func (p *process) dialRedis() (redis.Conn, error) {
 	return redis.DialURL(p.url, redis.DialTLSSkipVerify(true),
-		redis.DialConnectTimeout(time.Second), redis.DialReadTimeout(time.Second))
+		redis.DialConnectTimeout(5*time.Second), redis.DialReadTimeout(patience))
 }
 
 // redisDo sends one command to a private Redis and returns its answer.

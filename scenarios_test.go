@@ -100,7 +100,7 @@ func TestRESTUpdatedAt(t *testing.T) {
 // A link that ends is 404 from that second on, is not counted then, and may be given more time.
 func TestRESTExpiry(t *testing.T) {
 	bothWays(t, func(t *testing.T, a *app) {
-		end := time.Now().UTC().Truncate(time.Second).Add(2 * time.Second)
+		end := time.Now().UTC().Truncate(time.Second).Add(4 * time.Second)
 		l := get[wireLink](t, a, 201, "POST", "/shorten", fmt.Sprintf(
 			`{"url":"https://example.com/","custom_code":"brief","expires_at":%q}`,
 			end.Format(time.RFC3339)))
