@@ -31,8 +31,9 @@ type Cache struct {
 	flights map[string]*flight // misses under way, one for each code
 	changed map[string]int     // changes made here in the last ownFor, one count for each code
 
-	hits, redisHits, misses, unknown, stales atomic.Int64 // lookups, by how they were answered
-	unknownFills                             budget       // of codes that lead nowhere, into Redis
+	hits, stales               atomic.Int64 // requests, by what answered them
+	redisHits, misses, unknown atomic.Int64 // flights; of the misses some are of unknown codes
+	unknownFills               budget       // of codes that lead nowhere, into Redis
 
 	firstPoll chan struct{} // closed when the first poll has succeeded
 	cold      chan struct{} // says that Redis has a new generation of values, which is empty
@@ -57,12 +58,13 @@ const (
 
 	// ownFor is for how long after its own change a replica does not believe Redis about a code:
 	// as long as what was read before may still be written there. A hold forbids that, but a Redis
-	// that is full may evict the hold.
+	// that is full may evict the hold, and the next poll's.
 	ownFor = reserveTTL
 )
 
 // flight is one miss under way, with all the requests that wait for it.
 type flight struct {
+	held   atomic.Bool   // Redis says that the code has changed: what was true before is no answer
 	done   chan struct{} // closed when target and err are set
 	target target
 	err    error
@@ -113,7 +115,7 @@ func (c *Cache) miss(ctx context.Context, code string, now time.Time) (target, e
 		t, err = f.target, f.err
 	case <-ctx.Done(): // the flight goes on for others
 	}
-	if err != nil {
+	if err != nil && !f.held.Load() {
 		if old, ok := c.local.stale(code, now); ok {
 			c.stales.Add(1)
 			return old, nil
@@ -142,7 +144,6 @@ func (c *Cache) fly(code string, f *flight) {
 	defer cancel()
 	generation := c.local.generation(code) // before the reads: a drop after this vetoes the put
 	reservation := ""
-	held := false
 	if c.redis.usable() && !c.changedHere(code) {
 		value, err := c.redis.get(ctx, code)
 		if t, ok := decodeTarget(value); ok && err == nil {
@@ -154,14 +155,14 @@ func (c *Cache) fly(code string, f *flight) {
 		if err == nil && value == nil {
 			reservation = c.redis.reserve(code)
 		}
-		held = string(value) == holdMark
+		f.held.Store(string(value) == holdMark)
 	}
 	c.misses.Add(1)
 	t, err := c.loads.ask(ctx, code)
 	if err == nil {
 		c.local.put(code, t.target, generation)
-	} else if held {
-		c.local.drop(code) // it has changed: what was true before is no answer any more
+	} else if f.held.Load() {
+		c.local.drop(code)
 	}
 	if err == nil && t.id == 0 {
 		c.unknown.Add(1)
@@ -243,8 +244,8 @@ func (c *Cache) changedHere(code string) bool {
 
 // change runs commit, which changes what code leads to, and makes the change known. It holds the
 // code in Redis before the commit and after it: what a reader fetched before the commit cannot be
-// filled in later. Without Redis the change stands all the same; then pending says that other
-// replicas learn of it from their next poll.
+// filled in later. When Redis cannot be told, the change stands all the same; then pending says
+// that other replicas learn of it from their next poll. Without a Redis they always do.
 func (c *Cache) change(code string, commit func() error) (pending bool, err error) {
 	codes := []string{code}
 	c.redis.hold(codes)

@@ -52,9 +52,9 @@ const (
 	// adoptEvery is how often a process looks for journals whose process has died.
 	adoptEvery = 10 * time.Second
 
-	// lastFlush is how long the end of the process waits for its clicks to be counted. What is left
-	// then stays in the journal.
-	lastFlush = 10 * time.Second
+	// lastFlush is how long the end of the process waits for its clicks to be counted: less than
+	// flushFor, so that the journal is closed in order. What is left then stays in it.
+	lastFlush = 4 * time.Second
 
 	// maxBatch is how many clicks one transaction counts. It takes 0.1 to 0.3 s on a small machine.
 	// Each failure halves it down to minBatch, so that a PostgreSQL that is too slow for a large
@@ -349,8 +349,9 @@ func (c *clickLog) flushAll(ctx context.Context) error {
 }
 
 // leaveMemory goes on in a file, if the process could not make one at its start: what dead
-// processes left is counted by now, and its room on the disk is free. All of the journal in memory
-// must be counted; else it is tried again later.
+// processes left is counted by now, and its room on the disk is free. It takes along the clicks
+// that have come since the flush began, unless they are too many to hold up redirects for; then it
+// is tried again later.
 func (c *clickLog) leaveMemory() {
 	if c.own.file != nil || c.dir == "" {
 		return
@@ -359,16 +360,18 @@ func (c *clickLog) leaveMemory() {
 	if err != nil {
 		return
 	}
+	own.prepare(1, maxBatch) // the disk is waited for here, not under the lock
 	c.mu.Lock()
-	isCounted := c.next == c.own.counted && !c.closed
-	if isCounted {
+	moves := c.next-c.own.counted < maxBatch && !c.closed
+	if moves {
+		c.next = own.takeOver(c.own, c.next)
 		c.own = own
-		c.next = 1
 		c.prepared = 0
 		c.preparedFor = 0
 	}
 	c.mu.Unlock()
-	if !isCounted {
+	if !moves {
+		own.unmap()
 		own.remove()
 		return
 	}

@@ -496,6 +496,38 @@ func TestClicksInMemory(t *testing.T) {
 	}
 }
 
+// TestClicksLeaveMemory makes room for the journal of a process that began without one, while
+// clicks come in during each flush: it goes on in a file, and counts all of them.
+func TestClicksLeaveMemory(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "data")
+	if err := os.WriteFile(dir, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	books := newLedger()
+	var c *clickLog
+	total := int64(0)
+	save := func(ctx context.Context, b clickBatch) (int64, error) {
+		recordN(c, 7, 10)
+		total += 10
+		return books.save(ctx, b)
+	}
+	c = newClickLog(dir, true, save, slog.New(slog.DiscardHandler))
+	c.belongsTo("ours")
+	if err := os.Remove(dir); err != nil {
+		t.Fatal(err)
+	}
+	recordN(c, 7, 10)
+	total += 10
+	flushOK(t, c)
+	if c.degraded() != "" {
+		t.Fatalf("with room on the disk: %s", c.degraded())
+	}
+	c.save = books.save
+	flushOK(t, c)
+	books.check(t, true, []clickSum{{linkID: 7, second: noon, count: total}})
+	c.close()
+}
+
 // TestClicksConcurrently records from eight goroutines, more than a lap of the journal, while
 // flushes succeed and fail.
 func TestClicksConcurrently(t *testing.T) {

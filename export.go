@@ -127,7 +127,8 @@ const maxMapTarget = 4000
 //	map $code $target { include hop.map; }
 //
 // where $code is the path without its slash. nginx compares strings without regard to case; codes
-// that differ in nothing else, from whatever link, are written as regular expressions, which do not.
+// that differ in nothing else, from whatever link, are written as regular expressions, which do
+// not.
 func (s *Store) exportMap(ctx context.Context, out io.Writer) error {
 	ctx, cancel := context.WithTimeout(ctx, exportWithin)
 	defer cancel()

@@ -31,6 +31,7 @@ type Server struct {
 
 	inflight limiter     // requests being answered
 	unread   limiter     // bytes of lists that their clients have not read yet
+	bodies   limiter     // bytes of bulk requests
 	ready    atomic.Bool // the caches are warm: balancers may send requests
 	draining atomic.Bool // the process is about to end: balancers should stop
 }
@@ -39,6 +40,7 @@ type Server struct {
 type creation struct {
 	link newLink
 	done chan createResult
+	gone atomic.Bool // its client was told that there was no time: it will try again
 }
 
 // maxQueued is how many creates may wait: 32 already saturate PostgreSQL's commits.
@@ -376,9 +378,9 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	a := answers.Get().(*answer)
 	*a = answer{ResponseWriter: w, request: r, start: time.Now(), places: &s.inflight}
 	defer s.finish(a)
-	// A request with a body takes its place when the body is read: who sends slowly keeps nobody
+	// A request that brings a body takes its place when that is read: who sends slowly keeps nobody
 	// else out.
-	if r.Body == http.NoBody && !a.takePlace() && !isHealth(r.URL.Path) {
+	if !bringsBody(r) && !a.takePlace() && !isHealth(r.URL.Path) {
 		s.fail(a, errOverloaded)
 		return
 	}
@@ -393,6 +395,15 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	s.mux.ServeHTTP(a, r)
+}
+
+// bringsBody says whether a request has a body that its handler reads.
+func bringsBody(r *http.Request) bool {
+	switch r.Method {
+	case http.MethodPost, http.MethodPut, http.MethodPatch:
+		return r.Body != http.NoBody
+	}
+	return false
 }
 
 // admit says whether a request that may change something comes from where it may. If not, it is

@@ -136,6 +136,7 @@ func createJournalFile(path string) (*journal, error) {
 		_, err = f.WriteAt(j.header(), 0)
 	}
 	if err != nil {
+		j.unmap()
 		j.remove()
 		return nil, err
 	}
@@ -202,6 +203,15 @@ func (j *journal) name() string {
 func (j *journal) close() {
 	unlockFile(j.file)
 	j.file.Close()
+}
+
+// unmap gives the room on the disk back that a removed file keeps while it is mapped. Nobody may
+// write a click any more.
+func (j *journal) unmap() {
+	if j.mem != nil {
+		unmapFile(j.mem)
+		j.mem = nil
+	}
 }
 
 // remove deletes the file and lets go of it.
@@ -272,14 +282,24 @@ func (j *journal) setCounted(n int64) error {
 
 // setDatabase notes which database the clicks belong to.
 func (j *journal) setDatabase(id string) error {
+	before := j.database
 	j.database = id
-	return j.writeHeader()
+	err := j.writeHeader()
+	if err != nil {
+		j.database = before // it is tried again
+	}
+	return err
 }
 
 // renew gives the journal another id, under which PostgreSQL has counted nothing.
 func (j *journal) renew() error {
+	before := j.id
 	j.id = rand.Text()
-	return j.writeHeader()
+	err := j.writeHeader()
+	if err != nil {
+		j.id = before
+	}
+	return err
 }
 
 // writeHeader writes id and database.
@@ -307,6 +327,21 @@ func (j *journal) write(n, linkID, second int64, bot bool, referrer string) {
 	binary.LittleEndian.PutUint64(slot[slotWord:], word)
 	binary.LittleEndian.PutUint64(slot[slotLink:], uint64(linkID))
 	numberOf(slot).Store(uint64(n))
+}
+
+// takeOver copies the clicks that other has not counted, up to its number next, and returns the
+// number after the last. j must be new.
+func (j *journal) takeOver(other *journal, next int64) int64 {
+	n := j.counted
+	for at := other.counted; at < next; at++ {
+		click, host, ok := readSlot(other.mem[slotOffset(at):][:slotSize], at)
+		if !ok {
+			continue
+		}
+		j.write(n, click.linkID, click.second, click.bot, string(host))
+		n++
+	}
+	return n
 }
 
 // prepare makes the pages ready that clicks from number from up to number to will be written to.

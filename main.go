@@ -353,8 +353,8 @@ const (
 	finishFor = 10 * time.Second // the longest that a request under way may still take
 	flushFor  = 5 * time.Second  // for the last clicks; what is left survives in the journal
 
-	// readWithin is for a whole request of at most 16 KiB: a client that sends slowly keeps a
-	// connection no longer.
+	// readWithin is for a whole request but an upload of users, which has fileWithin: a client that
+	// sends slowly keeps a connection no longer.
 	readWithin  = 5 * time.Second
 	writeWithin = 15 * time.Second
 	idleFor     = 60 * time.Second // less than balancers keep theirs costs handshakes, more resets

@@ -39,8 +39,8 @@ func checkFileSystem(dir string) error {
 	return nil
 }
 
-// lockFile makes f this process's own until it is closed. It says false if another process holds
-// it, and returns an error if the file system has no locks.
+// lockFile makes f this process's own until unlockFile or its end. It says false if another process
+// holds it, and returns an error if the file system has no locks.
 func lockFile(f *os.File) (bool, error) {
 	err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
 	if err == syscall.EWOULDBLOCK {
@@ -64,6 +64,9 @@ func mapFile(f *os.File, size int) ([]byte, error) {
 	const readWrite = syscall.PROT_READ | syscall.PROT_WRITE
 	return syscall.Mmap(int(f.Fd()), 0, size, readWrite, syscall.MAP_SHARED)
 }
+
+// unmapFile undoes mapFile.
+func unmapFile(mem []byte) { syscall.Munmap(mem) }
 
 // touchPages makes the pages of a map that hold its bytes from up to to ready to be written.
 // Otherwise the first write to each takes some 10 µs, and longer if the disk is busy. A kernel

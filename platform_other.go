@@ -23,6 +23,8 @@ func unlockFile(*os.File) {}
 
 func mapFile(*os.File, int) ([]byte, error) { return nil, errNeedsLinux }
 
+func unmapFile([]byte) {}
+
 func touchPages([]byte, int64, int64) {}
 
 func freeSpace(*os.File, int64, int64) error { return nil }

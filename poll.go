@@ -39,6 +39,7 @@ type poller struct {
 	held    map[string]uint64 // codes held in Redis, likewise, in the generation heldIn
 	heldIn  string
 	missed  int64      // redisTier.missed when they were held
+	lost    int64      // redisTier.lost then
 	told    uint64     // the highest cursor seen in that generation
 	conn    redis.Conn // one poll's connection: the server that was asked is the one that is told
 	retryAt time.Time  // Redis refuses: it is not asked before
@@ -165,6 +166,7 @@ func (p *poller) askRedis(now time.Time, missed int64) sharedState {
 	if r == nil || r.names.Load() == nil || now.Before(p.retryAt) {
 		return sharedState{}
 	}
+	lost := r.lost.Load()
 	p.conn = r.pool.Get()
 	shared, err := r.shared(p.conn)
 	if err != nil {
@@ -174,14 +176,18 @@ func (p *poller) askRedis(now time.Time, missed int64) sharedState {
 	r.latency.Store(int64(time.Since(now)))
 	r.answers.Store(true) // changes are told from now on, so that this poll can catch up
 	names := r.names.Load()
-	if missed != p.missed || names.generation != p.heldIn || shared.cursor < p.told {
-		// Maybe another server, or another set of values, or a Redis that has gone back in time:
-		// what was read from it may be older than what was dropped here.
+	if missed != p.missed || lost != p.lost || names.generation != p.heldIn ||
+		shared.cursor < p.told {
+
+		// Maybe another server, or another set of values, or a Redis that has gone back in time,
+		// which a cursor that long transactions hold back does not show: what was read from it may
+		// be older than what was dropped here.
 		r.readable.Store(false)
 		p.dropped = map[string]uint64{}
 		p.held = map[string]uint64{}
 		p.heldIn = names.generation
 		p.missed = missed
+		p.lost = lost
 	}
 	p.told = shared.cursor
 	return shared

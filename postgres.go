@@ -23,8 +23,9 @@ import (
 // What it asks is in store.go.
 //
 // Promise: whatever PostgreSQL and the network do, a question of a request ends within
-// answerWithin, one for many links within bulkWithin. A question carries its deadline in its context, and timedConn sets it on the
-// socket; nothing below database/sql can wait any longer. TestPostgresSick holds this.
+// answerWithin, one for many links within bulkWithin. A question carries its deadline in its
+// context, and timedConn sets it on the socket; nothing below database/sql can wait any longer.
+// TestPostgresSick holds this.
 
 const (
 	// answerWithin is the longest that a request waits for PostgreSQL: for a free connection, a new
@@ -704,7 +705,8 @@ func (c *timedConn) QueryContext(ctx context.Context, query string,
 }
 
 // ExecContext runs a statement that ends with the deadline of ctx. Outside a transaction it sets no
-// brakes: only ANALYZE, which ends with the socket's deadline, and the building of indexes come here.
+// brakes: only ANALYZE, which ends with the socket's deadline, and the building of indexes come
+// here.
 func (c *timedConn) ExecContext(ctx context.Context, query string,
 	args []driver.NamedValue) (driver.Result, error) {
 

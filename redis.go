@@ -39,6 +39,8 @@ type redisTier struct {
 	gets *batcher[string, []byte]
 	log  *slog.Logger
 
+	fills limiter // reservations and fills under way
+
 	names    atomic.Pointer[keyNames] // nil until the database and a generation are known
 	answers  atomic.Bool              // Redis answered lately: changes are told to it
 	readable atomic.Bool              // and holds all changes that hop knows of: it may be read
@@ -67,6 +69,10 @@ const (
 	// refusedPause is the time between two attempts at what Redis refuses: rights and settings
 	// change by hand.
 	refusedPause = 5 * time.Second
+
+	// maxFills is how many reservations and fills are under way at once, each with a connection.
+	// What comes on top stays in the local tier alone.
+	maxFills = 64
 
 	holdMark    = "!"
 	unknownMark = "-"
@@ -110,7 +116,7 @@ var errRedisDown = errors.New("redis is out of reach")
 
 // openRedis prepares the tier. It connects to nothing.
 func openRedis(options redisOptions, log *slog.Logger) *redisTier {
-	r := &redisTier{log: log, refusals: map[string]string{}}
+	r := &redisTier{log: log, refusals: map[string]string{}, fills: limiter{max: maxFills}}
 	r.dial = func() (redis.Conn, error) {
 		conn, _, err := dialRedis(options)
 		return conn, err
@@ -118,7 +124,7 @@ func openRedis(options redisOptions, log *slog.Logger) *redisTier {
 	r.address.Store("")
 	r.pool = &redis.Pool{
 		Dial:         func() (redis.Conn, error) { return r.dialPlaced(options) },
-		MaxIdle:      16, // as many misses and changes are under way at once
+		MaxIdle:      16, // kept; those beyond are closed after use
 		IdleTimeout:  time.Minute,
 		TestOnBorrow: r.testIdle,
 	}
@@ -348,6 +354,10 @@ func (r *redisTier) reserve(code string) string {
 	if names == nil {
 		return ""
 	}
+	if !r.fills.enter() {
+		return ""
+	}
+	defer r.fills.leave()
 	token := "?" + rand.Text()
 	reply, err := r.do("SET", names.code(code), token, "NX", "PX", reserveTTL.Milliseconds())
 	if err != nil || reply == nil {
@@ -369,6 +379,10 @@ func (r *redisTier) fill(code, token string, t target) {
 	if names == nil {
 		return
 	}
+	if !r.fills.enter() {
+		return
+	}
+	defer r.fills.leave()
 	value, ttl := encodeTarget(t)
 	r.do("EVAL", fillScript, 1, names.code(code), token, value, ttl)
 }
@@ -385,7 +399,7 @@ func (r *redisTier) holdAndTell(codes []string) bool { return r.holdAll(codes, t
 // still taken the holds.
 func (r *redisTier) holdAll(codes []string, tell bool) bool {
 	if r == nil {
-		return true // nobody else can remember them
+		return true // there is nothing to hold them in
 	}
 	names := r.names.Load()
 	if names == nil || !r.answers.Load() || !r.sendHolds(*names, codes, tell) {

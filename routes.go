@@ -77,6 +77,7 @@ func newServer(cfg Config, store *Store, cache *Cache, clicks *clickLog,
 	}
 	s.inflight.max = int64(cfg.MaxInFlight)
 	s.unread.max = maxUnread
+	s.bodies.max = maxBodies
 	if err := s.cross.AddTrustedOrigin(cfg.Origin()); err != nil {
 		return nil, err
 	}

@@ -438,8 +438,8 @@ func checkEmail(s string) error {
 	return checkText(s)
 }
 
-// timeForms are the ways to write a time that parseTime reads. One without a zone is UTC. Those with
-// seconds also stand for themselves with a fraction of one.
+// timeForms are the ways to write a time that parseTime reads. One without a zone is UTC. Those
+// with seconds also stand for themselves with a fraction of one.
 var timeForms = []string{
 	time.RFC3339,
 	wireTime,

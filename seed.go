@@ -23,7 +23,8 @@ import (
 //go:embed seeds/*.csv
 var seeds embed.FS
 
-// chunkRows go into one INSERT: enough to make the round trip cheap, few enough to keep memory flat.
+// chunkRows go into one INSERT: enough to make the round trip cheap, few enough to keep memory
+// flat.
 const chunkRows = 5000
 
 // loader reads files into one transaction.

@@ -19,7 +19,8 @@ const (
 // saveClicks counts a batch of a journal's clicks exactly once, however often it is sent, and
 // returns the number of the journal's first click that is not counted. That is b.to when the batch
 // was counted now. If the journal does not stand at b.from, nothing is counted, and the result says
-// where it stands. One that PostgreSQL does not know is taken to stand there. It may take as long as backgroundWithin.
+// where it stands. One that PostgreSQL does not know is taken to stand there. It may take as long
+// as backgroundWithin.
 func (s *Store) saveClicks(ctx context.Context, b clickBatch) (int64, error) {
 	position := b.to
 	err := s.pg.background.inTx(ctx, func(ctx context.Context, tx *sql.Tx) error {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"net/http"
 	"net/url"
+	"slices"
 	"strconv"
 	"time"
 )
@@ -92,6 +93,7 @@ func (s *Server) createLink(r *http.Request, f *fields) (answeredLink, error) {
 		}
 		return answered(made.link, made.pending), made.err
 	case <-ctx.Done():
+		c.gone.Store(true)
 		return answeredLink{}, errUnavailable
 	}
 }
@@ -117,6 +119,7 @@ func (s *Server) readLink(f *fields) newLink {
 func (s *Server) createQueued() {
 	for first := range s.creates {
 		batch := takeQueued(s.creates, first, batchSize)
+		batch = slices.DeleteFunc(batch, func(c *creation) bool { return c.gone.Load() })
 		links := make([]newLink, len(batch))
 		for i, c := range batch {
 			links[i] = c.link
@@ -207,9 +210,21 @@ type bulkResult struct {
 	*apiError
 }
 
+// maxBodies is how many bytes of bulk requests may be in memory: 8 of the largest, hundreds of
+// usual ones.
+const maxBodies = 8 * maxBulkBody
+
 // handleBulkLinks makes up to maxBulk links in one commit, each for itself: a bad one does not stop
 // the others.
 func (s *Server) handleBulkLinks(w http.ResponseWriter, r *http.Request) error {
+	weight := r.ContentLength
+	if weight < 0 || weight > maxBulkBody {
+		weight = maxBulkBody
+	}
+	if !s.bodies.enterAll(weight) {
+		return errOverloaded
+	}
+	defer s.bodies.leaveAll(weight)
 	items, err := readItems(w, r)
 	if err != nil {
 		return err

@@ -28,6 +28,9 @@ const (
 	// warmLease is how long after its first read a chunk may still be written: no longer than a
 	// reservation lasts, which ownFor relies on.
 	warmLease = reserveTTL
+
+	// warmTurn is how long a replica that warms Redis may be silent before another may do it.
+	warmTurn = time.Minute
 )
 
 // warmer brings links into the caches. It serves one warm-up.
@@ -101,6 +104,9 @@ func (c *Cache) warm(ctx context.Context, limit int, log *slog.Logger) {
 			c.redis.leaveWarmUp()
 		}
 		return
+	}
+	if w.redis {
+		c.redis.endWarmUp()
 	}
 	log.Info("caches warm", "links", w.links, "redis", w.redis, "took", time.Since(began))
 }
@@ -176,20 +182,26 @@ func (r *redisTier) takeWarmUp() bool {
 	if !r.usable() {
 		return false
 	}
-	reply, err := r.do("SET", r.names.Load().warm(), 1, "NX", "PX", namesTTL.Milliseconds())
+	reply, err := r.do("SET", r.names.Load().warm(), 1, "NX", "PX", warmTurn.Milliseconds())
 	return err == nil && reply != nil
+}
+
+// endWarmUp says that this generation is warm.
+func (r *redisTier) endWarmUp() {
+	r.do("SET", r.names.Load().warm(), 1, "PX", namesTTL.Milliseconds())
 }
 
 // leaveWarmUp lets another attempt warm Redis.
 func (r *redisTier) leaveWarmUp() { r.do("DEL", r.names.Load().warm()) }
 
-// beginChunk takes a lease and watches it. A chunk is true as of its read; when a Redis that hung
-// takes it later than warmLease, a change may have come and its hold gone.
+// beginChunk keeps the turn to warm, takes a lease and watches it. A chunk is true as of its read;
+// when a Redis that hung takes it later than warmLease, a change may have come and its hold gone.
 func (r *redisTier) beginChunk(conn redis.Conn, names keyNames) error {
 	lease := names.lease()
+	conn.Send("SET", names.warm(), 1, "PX", warmTurn.Milliseconds())
 	conn.Send("SET", lease, 1, "PX", warmLease.Milliseconds())
 	conn.Send("WATCH", lease)
-	err := receiveAll(conn, 2)
+	err := receiveAll(conn, 3)
 	r.failed("WATCH", err)
 	return err
 }
