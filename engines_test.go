@@ -277,16 +277,22 @@ func (e *engineRun) settings(r *rig, bouncer *process) {
 	}
 }
 
-// TestEnginePgBouncerFaults runs the short fault cases that are about PostgreSQL with a PgBouncer
-// between hop and it. Those whose own proxies or address would take its place are not here, nor is
-// 24: PgBouncer lets nobody in for server_login_retry when PostgreSQL had no connection for it.
+// TestEnginePgBouncerFaults runs fault cases with a PgBouncer between hop and PostgreSQL.
 func TestEnginePgBouncerFaults(t *testing.T) {
+	runFaultsBy(t, func(t testing.TB, pg *process) string {
+		return startBouncer(t, pg, bouncerHurries).url
+	})
+}
+
+// runFaultsBy runs the short fault cases that are about PostgreSQL, by a way to it. Those whose own
+// proxies or address would take its place are not here, nor is 24: PgBouncer lets nobody in for
+// server_login_retry when PostgreSQL had no connection for it.
+func runFaultsBy(t *testing.T, way func(t testing.TB, pg *process) string) {
+	t.Helper()
 	if shortEngines() {
 		t.Skip("ENGINES_SHORT")
 	}
-	wayToPostgres = func(t testing.TB, pg *process) string {
-		return startBouncer(t, pg, bouncerHurries).url
-	}
+	wayToPostgres = way
 	t.Cleanup(func() { wayToPostgres = nil })
 	for _, c := range []struct {
 		name string
@@ -318,6 +324,15 @@ func TestEngineSerializable(t *testing.T) {
 	e := newEngineRun(t, "default_transaction_isolation = serializable")
 	pg := startPostgres(t, append(throwAway, "-c", serializable)...)
 	e.rest(pg.url, startRedis(t).url) // in databases that it makes, so the server has the setting
+}
+
+// TestEngineSerializableFaults runs fault cases on a database that isolates all transactions.
+func TestEngineSerializableFaults(t *testing.T) {
+	runFaultsBy(t, func(t testing.TB, pg *process) string {
+		execSQL(t, openDB(t, pg.url),
+			`ALTER DATABASE postgres SET default_transaction_isolation = 'serializable'`)
+		return pg.url
+	})
 }
 
 // TestEngineSerializableMix creates, clicks and changes at once, much of it the same rows. Where a
