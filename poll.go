@@ -40,6 +40,7 @@ type poller struct {
 	heldIn  string
 	missed  int64      // redisTier.missed when they were held
 	lost    int64      // redisTier.lost then
+	owed    bool       // a change may have been missed there that no poll has told yet
 	told    uint64     // the highest cursor seen in that generation
 	conn    redis.Conn // one poll's connection: the server that was asked is the one that is told
 	retryAt time.Time  // Redis refuses: it is not asked before
@@ -93,8 +94,11 @@ func (p *poller) poll(ctx context.Context) {
 	found, err := p.cache.source.changesSince(ctx, from)
 	tooMany := errors.Is(err, errManyChanges)
 	if err != nil && !tooMany {
-		// PostgreSQL cannot be asked. What Redis knows is then better than nothing.
-		p.readFrom(shared, missed)
+		// PostgreSQL cannot be asked. What Redis knows is then better than nothing, unless it may
+		// not know of a change that was made here.
+		if !p.owed {
+			p.readFrom(shared, missed)
+		}
 		return
 	}
 	shared.stale = tooMany
@@ -186,6 +190,7 @@ func (p *poller) askRedis(now time.Time, missed int64) sharedState {
 		p.dropped = map[string]uint64{}
 		p.held = map[string]uint64{}
 		p.heldIn = names.generation
+		p.owed = p.owed || missed != p.missed
 		p.missed = missed
 		p.lost = lost
 	}
@@ -226,6 +231,7 @@ func (p *poller) tellRedis(shared sharedState, found changes) sharedState {
 		p.held = map[string]uint64{}
 		p.heldIn = r.names.Load().generation
 		p.told = found.next
+		p.owed = false
 		shared.there = true
 		shared.fresh = true
 		return shared
@@ -245,6 +251,7 @@ func (p *poller) tellRedis(shared sharedState, found changes) sharedState {
 	}
 	forgetBefore(p.held, found.next)
 	p.told = found.next
+	p.owed = false
 	return shared
 }
 

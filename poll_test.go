@@ -386,6 +386,36 @@ func TestPostgresCannotBePolled(t *testing.T) {
 	}
 }
 
+// TestRedisIsOwedAChange has Redis miss a change, and then PostgreSQL go away: the replica that
+// made the change must not read the old target from Redis. It reads Redis again when a poll has
+// told it.
+func TestRedisIsOwedAChange(t *testing.T) {
+	server := startRedis(t)
+	pg := newFakeSource("abc")
+	c := newReplica(t, server.url, pg)
+	c.resolves(t, "abc", 1, 1)
+	c.redis.answers.Store(false) // as after a connection that failed
+	c.change("abc", func() error {
+		pg.change("abc", 2)
+		return nil
+	})
+	alone := newFakeSource()
+	alone.polled("server", errUnavailable)
+	c.source = alone
+	for range 2 {
+		c.poll()
+		if c.redis.usable() {
+			t.Error("Redis is read, and has the old target")
+		}
+	}
+	c.source = pg
+	c.poll()
+	if !c.redis.usable() {
+		t.Error("Redis is not read although it was told")
+	}
+	c.resolves(t, "abc", 2, 1)
+}
+
 // TestPollStarts is from where a poll asks: at first from nowhere, since nothing is kept yet, and
 // with a Redis from where its cursor stands.
 func TestPollStarts(t *testing.T) {
