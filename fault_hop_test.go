@@ -577,6 +577,7 @@ func (f *faultRun) mutePostgres(road *proxy) {
 	f.mark(askHealthOf(f, f.hop).httpStatus == 200, "/health 200 while known links are served")
 	road.forward(f)
 	f.within(5*time.Second, "creates work again", func() bool { return creating(f) })
+	f.statsWorkAgain()
 	f.allWork("after it")
 }
 
