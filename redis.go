@@ -40,6 +40,7 @@ type redisTier struct {
 	log  *slog.Logger
 
 	fills limiter // reservations and fills under way
+	turn  string  // the key of its turn to warm a generation; only the warm-up touches it
 
 	names    atomic.Pointer[keyNames] // nil until the database and a generation are known
 	answers  atomic.Bool              // Redis answered lately: changes are told to it

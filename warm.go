@@ -182,23 +182,23 @@ func (r *redisTier) takeWarmUp() bool {
 	if !r.usable() {
 		return false
 	}
-	reply, err := r.do("SET", r.names.Load().warm(), 1, "NX", "PX", warmTurn.Milliseconds())
+	r.turn = r.names.Load().warm()
+	reply, err := r.do("SET", r.turn, 1, "NX", "PX", warmTurn.Milliseconds())
 	return err == nil && reply != nil
 }
 
-// endWarmUp says that this generation is warm.
-func (r *redisTier) endWarmUp() {
-	r.do("SET", r.names.Load().warm(), 1, "PX", namesTTL.Milliseconds())
-}
+// endWarmUp says that the generation is warm for which the turn was taken. One that began meanwhile
+// is not.
+func (r *redisTier) endWarmUp() { r.do("SET", r.turn, 1, "PX", namesTTL.Milliseconds()) }
 
 // leaveWarmUp lets another attempt warm Redis.
-func (r *redisTier) leaveWarmUp() { r.do("DEL", r.names.Load().warm()) }
+func (r *redisTier) leaveWarmUp() { r.do("DEL", r.turn) }
 
 // beginChunk keeps the turn to warm, takes a lease and watches it. A chunk is true as of its read;
 // when a Redis that hung takes it later than warmLease, a change may have come and its hold gone.
 func (r *redisTier) beginChunk(conn redis.Conn, names keyNames) error {
 	lease := names.lease()
-	conn.Send("SET", names.warm(), 1, "PX", warmTurn.Milliseconds())
+	conn.Send("SET", r.turn, 1, "PX", warmTurn.Milliseconds())
 	conn.Send("SET", lease, 1, "PX", warmLease.Milliseconds())
 	conn.Send("WATCH", lease)
 	err := receiveAll(conn, 3)

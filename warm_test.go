@@ -151,6 +151,26 @@ func TestWarmLate(t *testing.T) {
 	}
 }
 
+// TestWarmBesideANewGeneration empties Redis in the middle of a warm-up: the values that a poll
+// then begins are not warm, and somebody warms them.
+func TestWarmBesideANewGeneration(t *testing.T) {
+	server := testRedis(t)
+	say := sayTo(t, server)
+	pg := newFakeSource()
+	c := newReplica(t, server, pg)
+	pg.newest = func(below int64, n int) ([]codeTarget, error) {
+		if below == 5501 { // the second chunk of seven
+			say("FLUSHALL")
+			c.poll()
+		}
+		return newestOf(6500, below, n), nil
+	}
+	c.warm(t.Context(), 6500, slog.New(slog.DiscardHandler))
+	if !c.redis.takeWarmUp() {
+		t.Error("the new generation counts as warm")
+	}
+}
+
 // TestWarmRefused warms a Redis that refuses a part of the transaction that a chunk is: nothing may
 // be set outside of it, where no lease guards it.
 func TestWarmRefused(t *testing.T) {
