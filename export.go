@@ -32,15 +32,9 @@ func (s *Store) export(ctx context.Context, dir string) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil { // names and addresses of people are in it
 		return err
 	}
-	oneMoment := &sql.TxOptions{Isolation: sql.LevelRepeatableRead, ReadOnly: true}
 	var written []string
 	var empty []string
-	err := s.inLongTx(ctx, oneMoment, func(tx *sql.Tx) error {
-		// A statement lasts as long as its rows are written.
-		_, err := txExec(ctx, tx, `SELECT set_config('statement_timeout', '0', true)`)
-		if err != nil {
-			return err
-		}
+	err := s.inSnapshot(ctx, func(tx *sql.Tx) error {
 		for _, t := range csvTables() {
 			name := filepath.Join(dir, t.name+".csv")
 			rows, err := t.export(ctx, tx, name+partSuffix)
@@ -132,11 +126,7 @@ const maxMapTarget = 4000
 func (s *Store) exportMap(ctx context.Context, out io.Writer) error {
 	ctx, cancel := context.WithTimeout(ctx, exportWithin)
 	defer cancel()
-	return s.inLongTx(ctx, &sql.TxOptions{ReadOnly: true}, func(tx *sql.Tx) error {
-		_, err := txExec(ctx, tx, `SELECT set_config('statement_timeout', '0', true)`)
-		if err != nil {
-			return err
-		}
+	return s.inSnapshot(ctx, func(tx *sql.Tx) error {
 		rows, err := tx.QueryContext(ctx, `
 			SELECT short_code, original_url, alike
 			FROM (SELECT *, count(*) OVER (PARTITION BY lower(short_code)) > 1 AS alike

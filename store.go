@@ -299,3 +299,16 @@ func (s *Store) inLongTx(ctx context.Context, options *sql.TxOptions,
 	}
 	return tx.Commit()
 }
+
+// inSnapshot runs fn in one long transaction that only reads, all of it as of one moment. A
+// statement may last as long as its rows are read, until the deadline of ctx.
+func (s *Store) inSnapshot(ctx context.Context, fn func(tx *sql.Tx) error) error {
+	options := &sql.TxOptions{Isolation: sql.LevelRepeatableRead, ReadOnly: true}
+	return s.inLongTx(ctx, options, func(tx *sql.Tx) error {
+		_, err := txExec(ctx, tx, `SELECT set_config('statement_timeout', '0', true)`)
+		if err != nil {
+			return err
+		}
+		return fn(tx)
+	})
+}

@@ -110,12 +110,7 @@ func (s *Store) verify(ctx context.Context, out io.Writer) error {
 	defer cancel()
 	start := time.Now()
 	found := 0
-	oneMoment := &sql.TxOptions{Isolation: sql.LevelRepeatableRead, ReadOnly: true}
-	err := s.inLongTx(ctx, oneMoment, func(tx *sql.Tx) error {
-		_, err := txExec(ctx, tx, `SELECT set_config('statement_timeout', '0', true)`)
-		if err != nil {
-			return err
-		}
+	err := s.inSnapshot(ctx, func(tx *sql.Tx) error {
 		gaps, err := readRowGaps(ctx, tx)
 		if err != nil {
 			return err
