@@ -269,7 +269,7 @@ func (s *Server) createItems(ctx context.Context, links []newLink, positions []i
 		a.ShortURL = s.shortURL(a.ShortCode)
 		results[positions[i]] = bulkResult{Status: http.StatusCreated, URL: &a}
 	}
-	if notMade == len(links) {
+	if busy != nil && notMade == len(links) { // not when there was nothing to make
 		return busy
 	}
 	return nil
