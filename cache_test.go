@@ -463,6 +463,7 @@ type fakeSource struct {
 	gate    chan struct{} // targets has read, and answers when this is closed; nil: at once
 	log     []changedCode // what polls find
 	xid     uint64        // of the next change
+	oldest  uint64        // transaction that goes on, before which polls cannot move; 0: none
 	server  string
 	pollErr error
 	onPoll  func() // called after a poll has read
@@ -515,6 +516,13 @@ func (f *fakeSource) polled(server string, err error) {
 	f.pollErr = err
 }
 
+// keepCursor lets a transaction go on, from xid, that polls must look back to.
+func (f *fakeSource) keepCursor(xid uint64) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.oldest = xid
+}
+
 // targets makes fakeSource a linkSource.
 func (f *fakeSource) targets(_ context.Context, codes []string) ([]codeTarget, error) {
 	f.mu.Lock()
@@ -543,6 +551,9 @@ func (f *fakeSource) newestTargets(_ context.Context, below int64, n int) ([]cod
 func (f *fakeSource) changesSince(_ context.Context, since uint64) (changes, error) {
 	f.mu.Lock()
 	found := changes{server: f.server, next: f.xid}
+	if f.oldest != 0 {
+		found.next = f.oldest
+	}
 	for _, change := range f.log {
 		if change.xid >= since {
 			found.codes = append(found.codes, change)

@@ -98,6 +98,7 @@ type clickLog struct {
 	sums      []clickSum        // of the last batch, reused
 	hosts     map[string]string // the hosts of that batch, each allocated once
 	adopted   time.Time         // when journals of dead processes were last looked for
+	moreLeft  bool              // and they hold more than could be counted in one flush
 	warned    map[string]bool   // files that were complained about
 	leftFor   string            // database of a journal that was found at the start; "" for none
 
@@ -248,6 +249,9 @@ func (c *clickLog) run(ctx context.Context) {
 		start := time.Now()
 		err := c.flush(work)
 		pause := min(max(flushEvery, 10*time.Since(start)), flushPause)
+		if c.moreLeft {
+			pause = flushEvery
+		}
 		if err != nil {
 			pause = flushRetry
 		}
@@ -305,7 +309,8 @@ func (c *clickLog) close() {
 	}
 }
 
-// flush counts every click recorded before the call, and now and then what dead processes left.
+// flush counts every click recorded before the call, and now and then some of what dead processes
+// left.
 func (c *clickLog) flush(ctx context.Context) error {
 	err := c.flushAll(ctx)
 	if err != nil {
@@ -340,7 +345,7 @@ func (c *clickLog) flushAll(ctx context.Context) error {
 	if database == "" || time.Since(c.adopted) < adoptEvery {
 		return nil
 	}
-	if err := c.adopt(ctx, database); err != nil {
+	if err := c.adopt(ctx, database); err != nil || c.moreLeft {
 		return err
 	}
 	c.adopted = time.Now()
@@ -616,8 +621,11 @@ func (c *clickLog) tidy() {
 	}
 }
 
-// adopt counts the clicks that dead processes left in dir, and removes their journals.
+// adopt counts clicks that dead processes left in dir, and removes journals that are counted. It
+// takes one batch of each, since readers of figures wait for the flush that calls it; moreLeft then
+// says that the next flush has to go on.
 func (c *clickLog) adopt(ctx context.Context, database string) error {
+	c.moreLeft = false
 	if c.dir == "" {
 		return nil
 	}
@@ -637,19 +645,24 @@ func (c *clickLog) adopt(ctx context.Context, database string) error {
 	return nil
 }
 
-// inherit counts what a journal holds and removes it.
+// inherit counts a batch of what a journal holds, and removes it when nothing is left.
 func (c *clickLog) inherit(ctx context.Context, j *journal) error {
 	next, err := j.next()
 	if err != nil {
 		return err
 	}
-	left := next - j.counted
-	if err := c.flushJournal(ctx, j, next); err != nil {
+	before := j.counted
+	if err := c.flushJournal(ctx, j, min(next, before+c.batchSize)); err != nil {
 		return err
 	}
-	j.remove()
-	if left > 0 {
-		c.log.Info("counted what a dead process left", "file", j.name(), "clicks", left)
+	if j.counted < next {
+		c.moreLeft = true
+	} else {
+		j.remove()
+	}
+	if j.counted > before {
+		c.log.Info("counted what a dead process left", "file", j.name(),
+			"clicks", j.counted-before, "left", next-j.counted)
 	}
 	return nil
 }

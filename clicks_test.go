@@ -217,8 +217,9 @@ func TestClicksExactlyOnce(t *testing.T) {
 			}
 			books.answers(count)
 			for _, c := range logs {
-				c.adopted = time.Time{}
-				flushOK(t, c)
+				for c.adopted = (time.Time{}); c.adopted.IsZero(); {
+					flushOK(t, c)
+				}
 				checkCounts(t, c, -1, -1, 0)
 			}
 			var sums []clickSum
@@ -367,6 +368,27 @@ func TestClicksOfDeadNeighbours(t *testing.T) {
 	b.close()
 	if got := journals(t, dir); len(got) != 0 {
 		t.Errorf("%v are left, and all is counted", got)
+	}
+}
+
+// TestClicksOfTheDeadInTurn counts a large journal that a dead process left: a batch in each flush,
+// so that nobody who asks for figures waits for all of it.
+func TestClicksOfTheDeadInTurn(t *testing.T) {
+	books := newLedger()
+	dead := testClickLog(t, t.TempDir(), books)
+	const left = 2*maxBatch + 5
+	recordN(dead, 7, left)
+	dir := crash(t, dead)
+	c := testClickLog(t, dir, books)
+	for _, counted := range []int64{maxBatch, 2 * maxBatch, left} {
+		flushOK(t, c)
+		books.check(t, true, []clickSum{{linkID: 7, second: noon, count: counted}})
+		if c.moreLeft != (counted < left) {
+			t.Errorf("after %d of %d clicks, more are left: %v", counted, left, c.moreLeft)
+		}
+	}
+	if got := journals(t, dir); len(got) != 1 || got[0] == "clicks-0.ring" {
+		t.Errorf("%v are left, want the living process's", got)
 	}
 }
 

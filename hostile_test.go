@@ -459,6 +459,28 @@ func TestHostilePaths(t *testing.T) {
 	}
 }
 
+// TestBodyThatNobodyReads has requests whose body no handler reads: they count among those that
+// MAX_INFLIGHT bounds, as those without one.
+func TestBodyThatNobodyReads(t *testing.T) {
+	a := startApp(t, "MAX_INFLIGHT=1")
+	if !a.inflight.enter() {
+		t.Fatal("no place for the first")
+	}
+	for _, method := range []string{"GET", "DELETE"} {
+		r := do(t, method, a.url+"/urls/1", "{}")
+		if r.status != 503 {
+			t.Errorf("%s beside one that is being answered: %d %s", method, r.status, r.body)
+		}
+		checkError(t, r, "overloaded")
+	}
+	a.inflight.leave()
+	for _, method := range []string{"GET", "DELETE"} {
+		if r := do(t, method, a.url+"/urls/1", "{}"); r.status != 404 {
+			t.Errorf("%s alone: %d %s", method, r.status, r.body)
+		}
+	}
+}
+
 // TestSlowUpload: a client that pauses longer than PostgreSQL lets a transaction idle gets its file
 // loaded, and a client that hangs up gets nothing; neither looks like a failure of PostgreSQL.
 func TestSlowUpload(t *testing.T) {

@@ -141,8 +141,32 @@ func readBody(w http.ResponseWriter, r *http.Request, limit int64) ([]byte, erro
 	return body, nil
 }
 
+// countedBody is a body whose bytes take places as they arrive: what a slow sender has not sent yet
+// keeps nobody out.
+type countedBody struct {
+	io.ReadCloser
+	places *limiter
+	taken  int64
+}
+
+// Read reads the body, and ends with errOverloaded when there is no room for what was read.
+func (b *countedBody) Read(p []byte) (int, error) {
+	n, err := b.ReadCloser.Read(p)
+	if !b.places.enterAll(int64(n)) {
+		return 0, errOverloaded
+	}
+	b.taken += int64(n)
+	return n, err
+}
+
+// release gives the places back, once the body is needed no more.
+func (b *countedBody) release() { b.places.leaveAll(b.taken) }
+
 // bodyError turns a failed read of a request's body into the client's error.
-func bodyError(err error) *apiError {
+func bodyError(err error) error {
+	if errors.Is(err, errOverloaded) {
+		return errOverloaded
+	}
 	if tooLarge, ok := errors.AsType[*http.MaxBytesError](err); ok {
 		return &apiError{
 			status:  http.StatusRequestEntityTooLarge,

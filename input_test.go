@@ -285,6 +285,48 @@ func TestItems(t *testing.T) {
 	}
 }
 
+// TestBulkBodiesAreBounded has many bulk requests in memory: those beyond the bound are refused
+// until there is room again, and a slow sender keeps only the room that its bytes take.
+func TestBulkBodiesAreBounded(t *testing.T) {
+	a := startApp(t)
+	a.bodies.max = 2000
+	bulk := func(title int) reply {
+		body := `[{"url":"https://example.com/","title":"` + strings.Repeat("x", title) + `"}]`
+		return do(t, "POST", a.url+"/urls/bulk", body)
+	}
+	body, sender := io.Pipe()
+	answered := make(chan int, 1)
+	go func() {
+		resp, err := client.Post(a.url+"/urls/bulk", "application/json", body)
+		if err != nil {
+			t.Error(err)
+			answered <- 0
+			return
+		}
+		resp.Body.Close()
+		answered <- resp.StatusCode
+	}()
+	io.WriteString(sender, `[{"url":"https://example.com/"}`+strings.Repeat(" ", 1500))
+	eventually(t, patience, "the bytes have arrived", func() bool { return a.bodies.n.Load() > 1500 })
+	if r := bulk(10); r.status != 200 {
+		t.Errorf("where there is room: %d %s", r.status, r.body)
+	}
+	r := bulk(450)
+	if r.status != 503 {
+		t.Errorf("where there is none: %d %s", r.status, r.body)
+	}
+	checkError(t, r, "overloaded")
+	io.WriteString(sender, "]")
+	sender.Close()
+	if status := <-answered; status != 200 {
+		t.Errorf("the slow sender: %d", status)
+	}
+	if r := bulk(450); r.status != 200 {
+		t.Errorf("after the slow sender: %d %s", r.status, r.body)
+	}
+	eventually(t, patience, "nothing is kept", func() bool { return a.bodies.n.Load() == 0 })
+}
+
 // An array of millions of items is refused at the 1,001st: nothing behind it is looked at, not even
 // what is no JSON, and nothing is decoded.
 func TestJunkItemsAreNotRead(t *testing.T) {

@@ -151,6 +151,15 @@ func TestRunSeedExport(t *testing.T) {
 			t.Fatalf("%v: %v", step.args, err)
 		}
 	}
+	for _, name := range []string{"users.csv", "urls.csv", "events.csv"} {
+		file, err := os.Stat(filepath.Join(dir, name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if mode := file.Mode().Perm(); mode != 0o600 { // addresses of people are in it
+			t.Errorf("%s is exported with mode %v", name, mode)
+		}
+	}
 	if n := strings.Count(said(), seededSays); n != 3 {
 		t.Errorf("of 3 loads %d are told", n)
 	}

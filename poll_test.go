@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"math"
 	"slices"
 	"strings"
@@ -240,6 +241,30 @@ func TestRedisGoesBackInTime(t *testing.T) {
 	if a.redis.names.Load().generation == generation {
 		t.Error("a generation without a cursor is used on")
 	}
+}
+
+// TestRedisGoesBackUnseen is the same while a long transaction keeps the cursor where it was, so
+// that it says nothing: then a connection that failed does.
+func TestRedisGoesBackUnseen(t *testing.T) {
+	server := testRedis(t)
+	say := sayTo(t, server)
+	pg := newFakeSource("abc")
+	a := newReplica(t, server, pg)
+	a.resolves(t, "abc", 1, 1)
+	oldValue := text(say("GET", a.key("abc")))
+	pg.keepCursor(pg.xid) // a transaction goes on that began before the change
+	pg.change("abc", 2)
+	a.poll()
+	if got := text(say("GET", a.key("abc"))); got != holdMark {
+		t.Fatalf("after a poll Redis holds %q", got)
+	}
+	say("SET", a.key("abc"), oldValue)
+	a.redis.failed("GET", io.EOF)
+	a.poll()
+	if got := text(say("GET", a.key("abc"))); got != holdMark {
+		t.Errorf("after a failure and a poll Redis holds %q", got)
+	}
+	a.resolves(t, "abc", 2, 1)
 }
 
 // TestHoldMissedDuringPoll has a change that could not be held while a poll was under way: the poll

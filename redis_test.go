@@ -175,6 +175,28 @@ func TestReservations(t *testing.T) {
 	}
 }
 
+// TestFillsAreBounded has as many fills under way as there may be: what comes on top is answered,
+// and Redis does not get it.
+func TestFillsAreBounded(t *testing.T) {
+	server := testRedis(t)
+	say := sayTo(t, server)
+	c := newReplica(t, server, newFakeSource("one", "two"))
+	for range maxFills {
+		if !c.redis.fills.enter() {
+			t.Fatal("fewer than maxFills find room")
+		}
+	}
+	c.resolves(t, "one", 1, 1)
+	if got := text(say("GET", c.key("one"))); got != "" {
+		t.Errorf("beyond maxFills Redis holds %q", got)
+	}
+	c.redis.fills.leaveAll(maxFills)
+	c.resolves(t, "two", 1, 1)
+	if got := text(say("GET", c.key("two"))); got == "" {
+		t.Error("when there is room again, Redis gets nothing")
+	}
+}
+
 // TestRedisGets asks for many codes at once: each gets its own value, whichever batch it was in.
 func TestRedisGets(t *testing.T) {
 	server := testRedis(t)

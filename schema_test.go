@@ -9,6 +9,7 @@ import (
 	"os"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -267,6 +268,95 @@ func TestUpgradeBrokenOff(t *testing.T) {
 	err = store.pg.background.QueryRowContext(t.Context(), `SHOW statement_timeout`).Scan(&timeout)
 	if err != nil || timeout == "0" {
 		t.Errorf("after the upgrade statements may take %s, %v", timeout, err)
+	}
+}
+
+// TestUpgradeBesideAnother comes to an index that another replica is building: the step is not done
+// before it is built, since the other one may die. When nobody builds it, it is built here.
+func TestUpgradeBesideAnother(t *testing.T) {
+	old, err := os.ReadFile("testdata/schema/v1.sql")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, fresh := testStore(t, testDatabase(t))
+	dsn := testDatabase(t)
+	db := openDB(t, dsn)
+	execSQL(t, db, string(old))
+	// PostgreSQL tells that something is built, and which indexes are not valid: so an index that
+	// waits for a table in use stands for the other replica's work.
+	execSQL(t, db, `CREATE TABLE other (id int)`)
+	tx, err := db.Begin()
+	if err == nil {
+		_, err = tx.Exec(`INSERT INTO other VALUES (1)`)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	built := make(chan error, 1)
+	go func() {
+		_, err := db.Exec(`CREATE INDEX CONCURRENTLY other_index ON other (id)`)
+		built <- err
+	}()
+	eventually(t, patience, "an index is being built", func() bool {
+		return scalar[int](t, db, `SELECT count(*) FROM pg_stat_progress_create_index
+			WHERE datname = current_database()`) == 1
+	})
+	execSQL(t, db, `CREATE INDEX urls_by_target ON urls USING hash (original_url)`)
+	execSQL(t, db, `UPDATE pg_index SET indisvalid = false
+		WHERE indexrelid = 'urls_by_target'::regclass`)
+
+	store := openTestStore(t, dsn, 2)
+	if _, err := store.migrate(t.Context()); !errors.Is(err, errIndexInWork) {
+		t.Errorf("beside another replica: %v", err)
+	}
+	if err := tx.Rollback(); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-built; err != nil {
+		t.Fatal(err)
+	}
+	execSQL(t, db, `DROP TABLE other`)
+	if _, err := store.migrate(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if got, want := shapeOf(t, db), shapeOf(t, fresh); got != want {
+		t.Errorf("the upgraded database differs from a new one: %s", differingLines(got, want))
+	}
+}
+
+// TestStopDuringUpgrade stops hop while it builds an index, which may take hours: it does not wait
+// for that.
+func TestStopDuringUpgrade(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes seconds")
+	}
+	old, err := os.ReadFile("testdata/schema/v1.sql")
+	if err != nil {
+		t.Fatal(err)
+	}
+	dsn := testDatabase(t)
+	db := openDB(t, dsn)
+	execSQL(t, db, string(old))
+	// A build waits for whoever looks at the database as it was before.
+	tx, err := db.BeginTx(t.Context(), &sql.TxOptions{Isolation: sql.LevelRepeatableRead})
+	if err == nil {
+		_, err = tx.Exec(`SELECT count(*) FROM pg_class`)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tx.Rollback()
+	hop := prepareHop(t, "DATABASE_URL="+dsn)
+	hop.start(t)
+	eventually(t, patience, "an index waits", func() bool {
+		return scalar[int](t, db, `SELECT count(*) FROM pg_stat_progress_create_index
+			WHERE datname = current_database() AND phase LIKE 'waiting%'`) == 1
+	})
+	hop.signal(syscall.SIGTERM)
+	select {
+	case <-hop.done:
+	case <-time.After(patience):
+		t.Error("it waits for the index")
 	}
 }
 

@@ -419,6 +419,29 @@ func TestSeedKeepsFigures(t *testing.T) {
 	diffFiles(t, exportFiles(t, store), before)
 }
 
+// TestSeedKeepsSequences loads files again after the ids have moved on: none is given twice, not
+// even one whose row is gone.
+func TestSeedKeepsSequences(t *testing.T) {
+	store, db := fileStore(t)
+	next := func() int64 { return scalar[int64](t, db, `SELECT nextval('users_id_seq')`) }
+	load := func() {
+		t.Helper()
+		if err := store.seed(t.Context(), smallFiles(strings.Clone), io.Discard); err != nil {
+			t.Fatal(err)
+		}
+	}
+	load()
+	most := scalar[int64](t, db, `SELECT max(id) FROM users`)
+	if id := next(); id != most+1 {
+		t.Errorf("after ids up to %d comes %d", most, id)
+	}
+	execSQL(t, db, `SELECT setval('users_id_seq', 5000)`)
+	load()
+	if id := next(); id != 5001 {
+		t.Errorf("after 5000, and files with ids up to %d, comes %d", most, id)
+	}
+}
+
 // TestSeedLarge loads a file of many chunks, telling how far it is; the last row is bad, and of the
 // others nothing stays.
 func TestSeedLarge(t *testing.T) {

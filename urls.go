@@ -217,14 +217,9 @@ const maxBodies = 8 * maxBulkBody
 // handleBulkLinks makes up to maxBulk links in one commit, each for itself: a bad one does not stop
 // the others.
 func (s *Server) handleBulkLinks(w http.ResponseWriter, r *http.Request) error {
-	weight := r.ContentLength
-	if weight < 0 || weight > maxBulkBody {
-		weight = maxBulkBody
-	}
-	if !s.bodies.enterAll(weight) {
-		return errOverloaded
-	}
-	defer s.bodies.leaveAll(weight)
+	body := &countedBody{ReadCloser: r.Body, places: &s.bodies}
+	defer body.release()
+	r.Body = body
 	items, err := readItems(w, r)
 	if err != nil {
 		return err
