@@ -43,8 +43,8 @@ type creation struct {
 	gone atomic.Bool // its client was told that there was no time: it will try again
 }
 
-// maxQueued is how many creates may wait: 32 already saturate PostgreSQL's commits.
-const maxQueued = 256
+// maxQueued is how many creates may wait: about what PostgreSQL commits within answerWithin.
+const maxQueued = 2048
 
 // handler answers a request, or returns why not. Errors become answers in one place, fail.
 type handler func(http.ResponseWriter, *http.Request) error
@@ -214,6 +214,8 @@ var failures = []struct {
 		"another user has this username or email", nil}},
 	{errChanged, apiError{http.StatusPreconditionFailed, "changed_meanwhile",
 		"the link is another version than If-Match names", nil}},
+	{errBeyond, apiError{http.StatusBadRequest, "invalid_request", "some fields are wrong",
+		map[string]string{"page": "begins further back than pages reach: follow the Link header"}}},
 	{errUnavailable, apiError{http.StatusServiceUnavailable, "unavailable",
 		"the database cannot answer now, try again", nil}},
 	{errOverloaded, apiError{http.StatusServiceUnavailable, "overloaded",
@@ -278,11 +280,15 @@ func writeJSON(w http.ResponseWriter, status int, v any) error {
 	return sendJSON(w, status, text.Bytes())
 }
 
+// askAgain keeps caches from answering for hop, also with a 404 of before a link was made.
+const askAgain = "private, no-cache"
+
 // sendJSON answers with what is JSON already.
 func sendJSON(w http.ResponseWriter, status int, text []byte) error {
 	h := w.Header()
 	h.Set("Content-Type", "application/json")
 	h.Set("X-Content-Type-Options", "nosniff")
+	h.Set("Cache-Control", askAgain)
 	shareAnswer(h)
 	w.WriteHeader(status)
 	w.Write(text) // an error means that the client is gone

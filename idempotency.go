@@ -16,24 +16,26 @@ import (
 // decides which of several requests makes the link. A key belongs to the token that it was sent
 // with, and is good for ever.
 //
-// A create with a code of the client's choice may be sent again too. Its code is then taken, and it
-// is told apart from somebody else's by all that the link says: if it is exactly the link asked
-// for, and nobody has changed it since, it is the answer.
+// A create with a code of the client's choice may be sent again too, and there the code does what
+// the key does elsewhere: requests for two codes make two links, also under one key. The code is
+// then taken, and the link is told apart from somebody else's by all that it says: if it is exactly
+// the one asked for, and nobody has changed it since, it is the answer.
 
-// maxKey is the longest Idempotency-Key, in bytes. A UUID has 36.
-const maxKey = 255
+const (
+	keyHeader = "Idempotency-Key"
+	maxKey    = 255 // bytes; a UUID has 36
+)
 
 // readKey takes the Idempotency-Key of a create, if it has one, and with it the code of the link.
 func (s *Server) readKey(r *http.Request, f *fields, l *newLink) {
-	const name = "Idempotency-Key"
-	sent := r.Header.Values(name)
+	sent := r.Header.Values(keyHeader)
 	if len(sent) == 0 {
 		return
 	}
 	key := strings.Trim(sent[0], " \t")
 	strange := func(c rune) bool { return c < ' ' || c > '~' }
 	if len(sent) > 1 || key == "" || len(key) > maxKey || strings.ContainsFunc(key, strange) {
-		f.refuse(name, "must be one text of 1 to 255 printable ASCII characters, such as a UUID")
+		f.refuse(keyHeader, "must be one text of 1 to 255 printable ASCII characters, such as a UUID")
 		return
 	}
 	l.keyed = true

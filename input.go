@@ -123,6 +123,9 @@ func mediaType(r *http.Request) string {
 	return media
 }
 
+// byteOrderMark is what Windows programs begin UTF-8 with. It says nothing.
+var byteOrderMark = []byte("\ufeff")
+
 // readBody reads a whole body of at most limit bytes. Whatever type it claims, it is for the
 // reader of the bytes to say whether they make sense; only files come from those who mean another
 // route.
@@ -138,7 +141,7 @@ func readBody(w http.ResponseWriter, r *http.Request, limit int64) ([]byte, erro
 	if a, ok := w.(*answer); ok && !a.takePlace() {
 		return nil, errOverloaded
 	}
-	return body, nil
+	return bytes.TrimPrefix(body, byteOrderMark), nil
 }
 
 // countedBody is a body whose bytes take places as they arrive: what a slow sender has not sent yet
@@ -292,7 +295,7 @@ func (f *fields) text(name string, required bool, check func(string) error) stri
 	return s
 }
 
-// target takes a link's target as it is to be stored.
+// target takes a link's target as it is to be stored, or as it was sent if it must not be one.
 func (f *fields) target(name string, required bool, rules targetRules) string {
 	s, ok := f.str(name, required)
 	if !ok {
@@ -301,6 +304,7 @@ func (f *fields) target(name string, required bool, rules targetRules) string {
 	clean, err := rules.check(s)
 	if err != nil {
 		f.refuse(name, err.Error())
+		return cleanText(s)
 	}
 	return clean
 }
@@ -530,16 +534,16 @@ func (q *query) text(name string, check func(string) error) string {
 
 // page takes page, per_page, skip, which is how many rows come before the first one wanted, and
 // after, the id of the row before it. Rows before a page are walked over, those before an id are
-// not: so pages end where walking gets dear.
+// not: so pages end where walking gets dear. Of a page beyond that only one row is asked for: it is
+// empty if there is none, and else refused.
 func (q *query) page() page {
 	const maxPage = math.MaxInt32 // times maxBulk it fits into 64 bits
 	size := q.int("per_page", 1, maxBulk, maxBulk)
 	skip := (q.int("page", 1, maxPage, 1)-1)*size + q.int("skip", 0, maxSkip, 0)
-	if skip+size > maxSkip {
-		q.refuse("page", fmt.Sprintf("must end within the first %d rows; beyond them follow the"+
-			" Link header of the answers", maxSkip))
-	}
 	after := q.int("after", 0, maxID, 0)
+	if skip > maxSkip {
+		return page{limit: 1, offset: maxSkip + 1, after: after, beyond: true}
+	}
 	return page{limit: int(size), offset: int(skip), after: after}
 }
 

@@ -344,6 +344,65 @@ func TestListsAreBounded(t *testing.T) {
 	}
 }
 
+// TestPagesEnd asks for pages that are further than hop walks: where rows are, it is refused with
+// the way to them, and where none are, the page is empty.
+func TestPagesEnd(t *testing.T) {
+	dsn := testDatabase(t)
+	a := startApp(t, "DATABASE_URL="+dsn)
+	db := openDB(t, dsn)
+	execSQL(t, db, `
+		INSERT INTO users (username, email, created_at)
+		SELECT 'u' || n, n || '@example.com', now() FROM generate_series(1, $1::int) AS n`,
+		maxSkip+2)
+	for path, rows := range map[string]int{
+		"/users?page=101":               2,
+		"/users?page=102":               -1,
+		"/users?page=100002&per_page=1": -1,
+		"/urls?page=102":                0,
+		"/events?page=102":              0,
+		"/events?user_id=1&page=102":    0,
+	} {
+		r := do(t, "GET", a.url+path, "")
+		if rows < 0 {
+			if r.status != 400 || !strings.Contains(r.body, "Link header") {
+				t.Errorf("GET %s: %d %s", path, r.status, r.body)
+			}
+			checkError(t, r, "invalid_request page")
+			continue
+		}
+		var got []any
+		r.json(t, &got)
+		if r.status != 200 || len(got) != rows {
+			t.Errorf("GET %s: %d with %d rows, want %d", path, r.status, len(got), rows)
+		}
+	}
+	execSQL(t, db, `DELETE FROM users WHERE id = $1`, maxSkip+2)
+	if r := do(t, "GET", a.url+"/users?page=100002&per_page=1", ""); r.body != "[]\n" {
+		t.Errorf("behind the last row: %d %s", r.status, r.body)
+	}
+}
+
+// TestListsKeepNobodyOut: when as many lists wait as may, one row is still read.
+func TestListsKeepNobodyOut(t *testing.T) {
+	a := startApp(t)
+	lists := &a.store.pg.readers.lists
+	if !lists.enterAll(maxLists) {
+		t.Fatal("fewer than maxLists find room")
+	}
+	r := do(t, "GET", a.url+"/users", "")
+	if r.status != 503 {
+		t.Errorf("a list beside %d others: %d", maxLists, r.status)
+	}
+	checkError(t, r, "overloaded")
+	if r := do(t, "GET", a.url+"/users/1", ""); r.status != 404 {
+		t.Errorf("one row beside them: %d %s", r.status, r.body)
+	}
+	lists.leaveAll(maxLists)
+	if r := do(t, "GET", a.url+"/users", ""); r.status != 200 {
+		t.Errorf("a list when there is room: %d", r.status)
+	}
+}
+
 // TestUnreadLists has clients ask for the heaviest lists and not read them. What they keep in
 // memory is bounded, others get a 503 meanwhile, and it ends when they leave.
 func TestUnreadLists(t *testing.T) {

@@ -20,6 +20,7 @@ var (
 	errUserExists  = errors.New("user exists")
 	errKeyReused   = errors.New("idempotency key used for another link")
 	errChanged     = errors.New("changed meanwhile")
+	errBeyond      = errors.New("a page beyond those that are walked to")
 	errUnavailable = errors.New("database unavailable") // down, hung or too busy: ask again
 	errOverloaded  = errors.New("overloaded")           // too many wait already: ask again later
 )
@@ -156,6 +157,7 @@ type page struct {
 	limit  int
 	offset int
 	after  int64
+	beyond bool // further than pages reach: if it has a row, the list is errBeyond
 }
 
 // countedLink is a link with how often people followed it.

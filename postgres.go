@@ -58,10 +58,11 @@ const (
 	// warm-up and a removal.
 	backgroundConns = 6
 
-	// maxRequests and maxReaders are how many questions may wait for connections or be under way:
-	// 32 saturate PostgreSQL's commits, and who waits behind 256 is not answered in time.
-	maxRequests = 256
-	maxReaders  = 128
+	// maxAsking is how many questions may wait for a pool's connections or be under way. Cheap ones
+	// are all answered in time, a thousand at once too; of dear ones, which lists are, only maxLists
+	// may wait: who stands behind them is told at once.
+	maxAsking = 1024
+	maxLists  = 128
 )
 
 // serverState is how PostgreSQL is, as the last probe found it.
@@ -105,7 +106,12 @@ type pool struct {
 	*sql.DB
 	pg     *postgres
 	asking limiter
+	lists  limiter // those of asking that are lists
 	within time.Duration
+
+	// changing holds one for each transaction under way, half as many as there are connections.
+	// Transactions wait for each other's locks, for which questions must not wait.
+	changing chan struct{}
 }
 
 // openPostgres prepares the pools. It connects to nothing. conns is the size of the largest.
@@ -115,10 +121,10 @@ func openPostgres(config pq.Config, conns int, log *slog.Logger) *postgres {
 		suspect: make(chan struct{}, 1),
 		log:     log,
 	}
-	pg.requests = pg.openPool(config, conns, answerWithin, maxRequests)
-	pg.readers = pg.openPool(config, max(2, conns/2), answerWithin, maxReaders)
+	pg.requests = pg.openPool(config, conns, answerWithin, maxAsking)
+	pg.readers = pg.openPool(config, max(2, conns/2), answerWithin, maxAsking)
 	pg.bulk = pg.openPool(config, bulkConns, bulkWithin, maxBulks)
-	pg.background = pg.openPool(config, backgroundConns, backgroundWithin, maxRequests)
+	pg.background = pg.openPool(config, backgroundConns, backgroundWithin, maxAsking)
 	return pg
 }
 
@@ -139,7 +145,14 @@ func (pg *postgres) openPool(config pq.Config, conns int, within time.Duration,
 	db.SetMaxIdleConns(conns) // fewer would dial again in every burst
 	db.SetConnMaxIdleTime(connLifetime / 2)
 	db.SetConnMaxLifetime(connLifetime)
-	return &pool{DB: db, pg: pg, asking: limiter{max: asking}, within: within}
+	return &pool{
+		DB:       db,
+		pg:       pg,
+		asking:   limiter{max: asking},
+		lists:    limiter{max: maxLists},
+		within:   within,
+		changing: make(chan struct{}, max(1, conns/2)),
+	}
 }
 
 // connectAhead opens the first connections for requests: on a machine that is short of time, a
@@ -240,6 +253,12 @@ func insertOnce[T any](ctx context.Context, p *pool, dest func(*T) []any, query 
 // nobody waits for any more could undo a later change that was acknowledged.
 func (p *pool) inTx(ctx context.Context, fn func(ctx context.Context, tx *sql.Tx) error) error {
 	return p.do(ctx, func(ctx context.Context) error {
+		select {
+		case p.changing <- struct{}{}:
+			defer func() { <-p.changing }()
+		case <-ctx.Done():
+			return errOverloaded
+		}
 		tx, err := p.BeginTx(ctx, nil)
 		if err != nil {
 			return err

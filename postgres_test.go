@@ -734,6 +734,56 @@ func openTestStore(t testing.TB, dsn string, conns int) *Store {
 	return store
 }
 
+// TestLocksKeepNobodyOut has more changes wait for a lock than there are connections: cold codes
+// and creates, which wait for no lock, are answered meanwhile.
+func TestLocksKeepNobodyOut(t *testing.T) {
+	dsn := testDatabase(t)
+	a := startApp(t, "DATABASE_URL="+dsn, "DB_CONNS=4")
+	db := openDB(t, dsn)
+	execSQL(t, db, `INSERT INTO urls (short_code, original_url, created_at, updated_at)
+		VALUES ('coldcode', 'https://example.com/', now(), now())`)
+	tx, err := db.Begin()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tx.Rollback()
+	if _, err := tx.Exec(`SELECT pg_advisory_xact_lock($1)`, int64(userLock)); err != nil {
+		t.Fatal(err)
+	}
+	const waiting = 20
+	statuses := make(chan int, waiting)
+	for n := range waiting {
+		go func() {
+			r, err := roundTrip("POST", a.url+"/users",
+				fmt.Sprintf(`{"username":"u%d","email":"u%d@example.com"}`, n, n))
+			if err != nil {
+				t.Error(err)
+			}
+			statuses <- r.status
+		}()
+	}
+	asking := &a.store.pg.requests.asking
+	eventually(t, patience, "they wait", func() bool { return asking.n.Load() == waiting })
+	if r := do(t, "GET", a.url+"/coldcode", ""); r.status != 302 {
+		t.Errorf("a cold code: %d %s", r.status, r.body)
+	}
+	if r := do(t, "POST", a.url+"/shorten", `{"url":"https://example.com/"}`); r.status != 201 {
+		t.Errorf("a create: %d %s", r.status, r.body)
+	}
+	if err := tx.Rollback(); err != nil {
+		t.Fatal(err)
+	}
+	for range waiting {
+		if status := <-statuses; status != 201 && status != 503 { // 503 if all of it took long
+			t.Errorf("a change that waited: %d", status)
+		}
+	}
+	r := do(t, "POST", a.url+"/users", `{"username":"z","email":"z@example.com"}`)
+	if r.status != 201 {
+		t.Errorf("a change afterwards: %d %s", r.status, r.body)
+	}
+}
+
 // openAs prepares connections for another user than the URL names.
 func openAs(t testing.TB, dsn, user string) *postgres {
 	t.Helper()

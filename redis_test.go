@@ -190,6 +190,9 @@ func TestFillsAreBounded(t *testing.T) {
 	if got := text(say("GET", c.key("one"))); got != "" {
 		t.Errorf("beyond maxFills Redis holds %q", got)
 	}
+	if token := c.redis.reserve("two"); token != "" {
+		t.Error("beyond maxFills a code is reserved, which nobody will fill")
+	}
 	c.redis.fills.leaveAll(maxFills)
 	c.resolves(t, "two", 1, 1)
 	if got := text(say("GET", c.key("two"))); got == "" {

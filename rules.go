@@ -418,13 +418,19 @@ func checkSearch(s string) error {
 
 // checkName is checkText for what must not be empty or padded: user names and event types.
 func checkName(s string) error {
-	if s == "" {
-		return errors.New("must not be empty")
-	}
 	if cleanText(s) != s {
 		return errors.New("must not begin or end with a blank")
 	}
+	if !strings.ContainsFunc(s, isVisible) {
+		return errors.New("must not be empty")
+	}
 	return checkText(s)
+}
+
+// isVisible says whether r shows: to Unicode fillers are letters, and to people nothing.
+func isVisible(r rune) bool {
+	return unicode.IsGraphic(r) && !unicode.IsSpace(r) &&
+		!unicode.Is(unicode.Other_Default_Ignorable_Code_Point, r)
 }
 
 // emailForm is what plausible means. Only a message sent there could tell more.
@@ -432,7 +438,7 @@ var emailForm = regexp.MustCompile(`^[^@\s,;<>()"\\]+@[^@\s,;<>()"\\]+\.[^@\s,;<
 
 // checkEmail returns why s cannot be an e-mail address, or nil.
 func checkEmail(s string) error {
-	if !emailForm.MatchString(s) {
+	if !emailForm.MatchString(s) || strings.HasPrefix(s, ".") || strings.Contains(s, "..") {
 		return errors.New("must be an e-mail address like name@example.com")
 	}
 	return checkText(s)
@@ -445,7 +451,9 @@ var timeForms = []string{
 	wireTime,
 	csvTime,
 	"2006-01-02T15:04",          // what an HTML form sends
+	"2006-01-02T15:04Z07:00",    // the same with a zone
 	"2006-01-02 15:04:05Z07:00", // what Python prints
+	"2006-01-02T15:04:05Z0700",  // what date +%FT%T%z prints
 }
 
 // parseTime reads a time as people and programs write it. It returns whole seconds in UTC, in the

@@ -392,14 +392,16 @@ func TestTexts(t *testing.T) {
 		{
 			"name", checkName,
 			[]string{"ann", "Ann Lee", "Зоя", long},
-			[]string{"", " ", " ann", "ann ", "\tann", "\u00a0ann", "a\nb", long + "x"},
+			[]string{"", " ", " ann", "ann ", "\tann", "\u00a0ann", "a\nb", long + "x",
+				"\u200b", "\u3164", "\u200d \u2060"},
 		},
 		{
 			"email", checkEmail,
 			[]string{"a@b.c", "first.last+tag@sub.example.com", "ü@bücher.example"},
 			[]string{
 				"", "a", "a@", "@b.c", "a@b", "a@b.", "a b@c.d", "a@b@c.d", "a,b@c.d", "<a@b.c>",
-				" a@b.c", "a@b.c\n", "a@b.c\x00", strings.Repeat("a", maxText) + "@b.c",
+				" a@b.c", "a@b.c\n", "a@b.c\x00", "a..b@c.d", "a@b..c", ".a@b.c",
+				strings.Repeat("a", maxText) + "@b.c",
 			},
 		},
 		{
@@ -432,6 +434,9 @@ func TestParseTime(t *testing.T) {
 		"2027-01-31T14:00:00+02:00":        noon,
 		"2027-01-31T12:00:00":              noon,
 		"2027-01-31T12:00":                 noon,
+		"2027-01-31T12:00Z":                noon,
+		"2027-01-31T14:00+02:00":           noon,
+		"2027-01-31T14:00:00+0200":         noon,
 		"2027-01-31 12:00:00":              noon,
 		"2027-01-31 14:00:00+02:00":        noon,
 		"2027-01-31 12:00:00.123456":       noon,

@@ -210,6 +210,10 @@ func (q *listQuery) arg(value any) string {
 func list[T listable](ctx context.Context, p *pool, dest func(*T) []any, q listQuery,
 	part page) (listed[T], error) {
 
+	if !p.lists.enter() {
+		return listed[T]{}, errOverloaded
+	}
+	defer p.lists.leave()
 	query, args := q.text(part)
 	var found listed[T]
 	err := p.do(ctx, func(ctx context.Context) error {
@@ -220,6 +224,9 @@ func list[T listable](ctx context.Context, p *pool, dest func(*T) []any, q listQ
 		found, err = collectPage(rows, dest, part.limit)
 		return err
 	})
+	if err == nil && part.beyond && len(found.rows) > 0 {
+		return listed[T]{}, errBeyond
+	}
 	return found, err
 }
 

@@ -217,6 +217,9 @@ const maxBodies = 8 * maxBulkBody
 // handleBulkLinks makes up to maxBulk links in one commit, each for itself: a bad one does not stop
 // the others.
 func (s *Server) handleBulkLinks(w http.ResponseWriter, r *http.Request) error {
+	if r.Header.Get(keyHeader) != "" {
+		return badRequest("invalid_request", keyHeader+" is for one link: give items a custom_code")
+	}
 	body := &countedBody{ReadCloser: r.Body, places: &s.bodies}
 	defer body.release()
 	r.Body = body
@@ -337,7 +340,8 @@ func checkListedCode(s string) error {
 
 // sort takes the order of a list of links.
 func (q *query) sort() linkSort {
-	switch q.values.Get("sort") {
+	text, _ := q.get("sort")
+	switch text {
 	case "", "id", "created":
 		return byID
 	case "-created", "-id":
@@ -409,6 +413,7 @@ func (s *Server) handleGetLink(w http.ResponseWriter, r *http.Request) error {
 	}
 	w.Header().Set("ETag", l.etag())
 	if isKnown(r, l) {
+		w.Header().Set("Cache-Control", askAgain)
 		shareAnswer(w.Header())
 		w.WriteHeader(http.StatusNotModified)
 		return nil

@@ -65,6 +65,7 @@ type wireLoaded struct {
 	Imported  int64          `json:"imported"`
 	Count     int64          `json:"count"`
 	Conflicts []wireConflict `json:"conflicts,omitempty"`
+	Unnamed   int64          `json:"more_conflicts,omitempty"`
 }
 
 type wireConflict struct {
