@@ -16,7 +16,6 @@ FROM gcr.io/distroless/static-debian12:nonroot
 COPY --from=build /hop /hop
 # Clicks not yet in PostgreSQL. A new volume takes over this directory's owner: nonroot.
 COPY --from=build --chown=nonroot:nonroot /data /data
-VOLUME /data
 ENV PORT=8080 DATA_DIR=/data
 EXPOSE 8080
 # Warming millions of links before being ready may take a while: that is what start-period is for.

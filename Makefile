@@ -45,7 +45,7 @@ test: check ## vet, staticcheck, all tests with the race detector, coverage of a
 	scripts/services.sh install postgresql redis gcc
 	@rm -rf .cover && mkdir .cover
 	$(WITH_FAST_SERVICES) $(GOTESTSUM) --format standard-quiet $(RERUN) --packages ./... \
-		-- -race -timeout 35m -cover -args -test.gocoverdir=$(CURDIR)/.cover
+		-- -race -timeout 35m -cover -args "-test.gocoverdir=$(CURDIR)/.cover"
 	@$(MAKE) --no-print-directory coverage
 
 check: width
@@ -81,11 +81,11 @@ growth: ## the measurements on large data sets
 fault: ## the failure suite: it starts, stops and kills PostgreSQL, Redis and hop itself
 	scripts/services.sh install
 	CI=true COHERENCE_SECONDS=$${COHERENCE_SECONDS:-60} $(WITH_FAST_SERVICES) \
-		go test -tags fault -run '^(TestFault|TestRollingUpgrade|TestBackup)' -v -timeout 90m .
+		go test -tags fault -count=1 -run '^(TestFault|TestRollingUpgrade|TestBackup)' -v -timeout 90m .
 
 cluster: ## failovers, a balancer, several hops; CLUSTER=short takes a minute
 	scripts/services.sh install postgresql redis haproxy
-	go test -tags cluster -run '^TestCluster' -v -timeout 30m .
+	go test -tags cluster -count=1 -run '^TestCluster' -v -timeout 30m .
 
 promcheck: ## /metrics and the alert rules judged by Prometheus's own parser, linter and promtool
 	scripts/promrules.sh

@@ -162,6 +162,14 @@ func (c *clickLog) degraded() string {
 	return ""
 }
 
+// heldBytes is what the journal takes of the heap: nothing if it is a file.
+func (c *clickLog) heldBytes() int64 {
+	if c.degraded() == "" {
+		return 0
+	}
+	return journalSize
+}
+
 // ---- recording ----
 
 // record counts one click on a link at a unix second. referrer is what refererHost returned. The

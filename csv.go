@@ -59,9 +59,9 @@ func newCSVReader(name string, file io.Reader, anyLength bool) (*csvReader, erro
 	if bytes.HasPrefix(head, []byte("\xff\xfe")) || bytes.HasPrefix(head, []byte("\xfe\xff")) {
 		return nil, &rowError{name, 1, "1", "the file is UTF-16: save it as CSV in UTF-8"}
 	}
-	if bytes.HasPrefix(head, byteOrderMark) {
-		buffered.Discard(len(byteOrderMark))
-		head = head[len(byteOrderMark):]
+	if mark := []byte("\ufeff"); bytes.HasPrefix(head, mark) {
+		buffered.Discard(len(mark))
+		head = head[len(mark):]
 	}
 	rows := csv.NewReader(buffered)
 	rows.Comma = separatorOf(string(head))

@@ -36,6 +36,13 @@ type Server struct {
 	draining atomic.Bool // the process is about to end: balancers should stop
 }
 
+// heldBytes is how much memory things take that may live for seconds: bodies and files that arrive,
+// lists that nobody reads, a journal without a disk.
+func (s *Server) heldBytes() int64 {
+	return s.unread.n.Load() + s.bodies.n.Load() + s.store.uploads.n.Load()*uploadBlock +
+		s.clicks.heldBytes()
+}
+
 // creation is a link on its way through the queue.
 type creation struct {
 	link newLink

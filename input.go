@@ -123,9 +123,6 @@ func mediaType(r *http.Request) string {
 	return media
 }
 
-// byteOrderMark is what Windows programs begin UTF-8 with. It says nothing.
-var byteOrderMark = []byte("\ufeff")
-
 // readBody reads a whole body of at most limit bytes. Whatever type it claims, it is for the
 // reader of the bytes to say whether they make sense; only files come from those who mean another
 // route.
@@ -141,7 +138,7 @@ func readBody(w http.ResponseWriter, r *http.Request, limit int64) ([]byte, erro
 	if a, ok := w.(*answer); ok && !a.takePlace() {
 		return nil, errOverloaded
 	}
-	return bytes.TrimPrefix(body, byteOrderMark), nil
+	return body, nil
 }
 
 // countedBody is a body whose bytes take places as they arrive: what a slow sender has not sent yet

@@ -4,6 +4,7 @@ import (
 	"context"
 	"database/sql"
 	"fmt"
+	"io"
 	"log/slog"
 	"math"
 	"net"
@@ -12,6 +13,7 @@ import (
 	"path/filepath"
 	"runtime/debug"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -452,7 +454,7 @@ func TestConnectionsAreCapped(t *testing.T) {
 	}
 	server := &http.Server{
 		Handler:   http.NotFoundHandler(),
-		ConnState: capConns(2, func(int64) {}),
+		ConnState: capConns(2, new(atomic.Int64)),
 		ErrorLog:  slog.NewLogLogger(slog.DiscardHandler, 0),
 	}
 	go server.Serve(listener)
@@ -493,8 +495,8 @@ func TestConnectionsAreCapped(t *testing.T) {
 func TestTuneGC(t *testing.T) {
 	restoreGC(t)
 	const links = 1000
-	const conns = 500
-	const computed = memoryBase + links*bytesPerLink + conns*connBytes
+	const held = 500 * connBytes
+	const computed = memoryBase + links*bytesPerLink + held
 	for _, tt := range []struct {
 		gogc, limit string
 		percent     int
@@ -509,7 +511,7 @@ func TestTuneGC(t *testing.T) {
 		debug.SetMemoryLimit(math.MaxInt64)
 		t.Setenv("GOGC", tt.gogc)
 		t.Setenv("GOMEMLIMIT", tt.limit)
-		tuneGC(Config{LocalCache: links}, conns)
+		tuneGC(Config{LocalCache: links}, held)
 		percent := debug.SetGCPercent(100)
 		bytes := debug.SetMemoryLimit(-1)
 		if percent != tt.percent || bytes != tt.bytes {
@@ -517,6 +519,47 @@ func TestTuneGC(t *testing.T) {
 				tt.gogc, tt.limit, percent, bytes, tt.percent, tt.bytes)
 		}
 	}
+}
+
+// TestHeldMemoryIsAllowed has a client send half of a large file, and a process without a journal
+// on disk: what lives for that is no reason to collect garbage without end.
+func TestHeldMemoryIsAllowed(t *testing.T) {
+	restoreGC(t)
+	a := startApp(t, "DATA_DIR=/dev/null/none")
+	const links = 1000
+	const base = memoryBase + links*bytesPerLink
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan struct{})
+	go func() {
+		keepTuned(ctx, Config{LocalCache: links}, a.heldBytes)
+		close(ended)
+	}()
+	defer func() {
+		cancel()
+		<-ended
+	}()
+	limit := func() int64 { return debug.SetMemoryLimit(-1) }
+	eventually(t, patience, "the journal in memory is allowed for", func() bool {
+		return limit() == base+journalSize
+	})
+	body, sender := io.Pipe()
+	answered := make(chan error, 1)
+	go func() {
+		resp, err := client.Post(a.url+"/users/bulk", "text/csv", body)
+		if err == nil {
+			resp.Body.Close()
+		}
+		answered <- err
+	}()
+	io.WriteString(sender, csvHead+strings.Repeat("x", 4<<20))
+	eventually(t, patience, "the half file is allowed for", func() bool {
+		return limit() > base+journalSize+4<<20
+	})
+	sender.Close()
+	if err := <-answered; err != nil {
+		t.Error(err)
+	}
+	eventually(t, patience, "it is no more", func() bool { return limit() == base+journalSize })
 }
 
 // ---- helpers ----

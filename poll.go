@@ -103,10 +103,10 @@ func (p *poller) poll(ctx context.Context) {
 	}
 	shared.stale = tooMany
 	shared = p.tellRedis(shared, found)
-	if tooMany || p.server != found.server {
-		// More changed than can be dropped one by one; or the server is another one, which may have
-		// lost what we have seen; or this is the first poll, which does not show what has changed
-		// since the readers of this moment have read.
+	if tooMany || p.server != found.server || found.next < p.next {
+		// More changed than can be dropped one by one; or the server is another one, or has crashed,
+		// and may have lost what we have seen; or this is the first poll, which does not show what
+		// has changed since the readers of this moment have read.
 		p.cache.local.dropAll()
 		p.cache.forgetAll()
 		p.dropped = map[string]uint64{}
@@ -223,7 +223,8 @@ func (p *poller) tellRedis(shared sharedState, found changes) sharedState {
 		return shared
 	}
 	r := p.cache.redis
-	if !shared.there || shared.stale || shared.server != found.server {
+	wentBack := found.next < shared.cursor // which was read before, so that it cannot be ahead
+	if !shared.there || shared.stale || wentBack || shared.server != found.server {
 		if err := r.newGeneration(p.conn, found); err != nil {
 			p.stopReading(err)
 			return sharedState{}

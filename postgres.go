@@ -325,7 +325,8 @@ func (p *pool) do(ctx context.Context, question func(ctx context.Context) error)
 // deadlock.
 func collided(err error) bool {
 	failure := pq.As(err)
-	return failure != nil && failure.Code.Class() == pqerror.ClassTransactionRollback
+	return failure != nil && (failure.Code == pqerror.TRSerializationFailure ||
+		failure.Code == pqerror.TRDeadlockDetected)
 }
 
 // ---- what an error means ----

@@ -128,6 +128,9 @@ func openRedis(options redisOptions, log *slog.Logger) *redisTier {
 		MaxIdle:      16, // kept; those beyond are closed after use
 		IdleTimeout:  time.Minute,
 		TestOnBorrow: r.testIdle,
+
+		// A server that was demoted may leave connections open, and an address lead elsewhere since.
+		MaxConnLifetime: time.Minute,
 	}
 	r.gets = newBatcher(getWorkers, r.getAll)
 	return r
