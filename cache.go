@@ -88,8 +88,8 @@ func newCache(redis *redisTier, local *localTier, source linkSource) *Cache {
 	return c
 }
 
-// resolve returns what code leads to; the zero target is a 404. A hit costs a hash, a read lock and
-// a map lookup.
+// resolve returns what code leads to; the zero target is a 404, and so is one past its end, which
+// callers look at (target.live). A hit costs a hash, a read lock and a map lookup.
 func (c *Cache) resolve(ctx context.Context, code string, now time.Time) (target, error) {
 	if t, ok := c.local.get(code, now); ok {
 		c.hits.Add(1)
@@ -162,7 +162,7 @@ func (c *Cache) fly(code string, f *flight) {
 	if err == nil {
 		c.local.put(code, t.target, generation)
 	} else if f.held.Load() {
-		c.local.drop(code)
+		c.local.drop(code) // Redis says it changed: nobody may be given the old one as stale
 	}
 	if err == nil && t.id == 0 {
 		c.unknown.Add(1)

@@ -230,8 +230,8 @@ func (c *clickLog) belongsTo(databaseID string) {
 }
 
 // run flushes every flushEvery, and at once for readers, until ctx is done; then once more. The
-// pause grows with what a flush takes, up to flushPause, so that flushing is a tenth of
-// PostgreSQL's time at most.
+// pause grows with what a flush takes, up to flushPause: flushing is a tenth of PostgreSQL's time,
+// and more when a flush takes longer than 50 ms.
 func (c *clickLog) run(ctx context.Context) {
 	// The end of ctx does not end a flush that is under way, but limits it.
 	work, cancel := context.WithCancel(context.WithoutCancel(ctx))
@@ -473,9 +473,9 @@ func (c *clickLog) written() int64 {
 	return c.next
 }
 
-// takeBatch makes a batch of a journal's clicks, from where it is counted up to number to. Equal
-// clicks become one sum, and the sums are sorted by link, so that all replicas lock rows in the
-// same order. damaged is how many slots hold no valid click; the batch goes without them.
+// takeBatch makes a batch of a journal's clicks, from where it is counted up to number to. They are
+// sorted, so that equal ones stand side by side and become one sum. damaged is how many slots hold
+// no valid click; the batch goes without them.
 func (c *clickLog) takeBatch(j *journal, to int64) (batch clickBatch, damaged int64, err error) {
 	c.sums = c.sums[:0]
 	clear(c.hosts)

@@ -47,8 +47,8 @@ func takeQueued[T any](queue <-chan T, first T, n int) []T {
 	return batch
 }
 
-// maxWaiting is how many requests may wait for misses. Each holds a connection and a goroutine,
-// together 20 KB.
+// maxWaiting is how many requests may wait for misses. Each holds a connection and a goroutine
+// (connBytes).
 const maxWaiting = 2048
 
 // batchSize is how many questions share one round trip. Beyond that, batches cost latency and win
@@ -98,7 +98,8 @@ func (b *batcher[Q, A]) ask(ctx context.Context, question Q) (A, error) {
 	}
 }
 
-// work answers batch after batch. A call ends by itself; the context only bounds it from above.
+// work answers batch after batch. A call must end by itself: those who wait for it come and go, so
+// that it gets none of their contexts.
 func (b *batcher[Q, A]) work() {
 	for first := range b.queue {
 		batch := takeQueued(b.queue, first, batchSize)

@@ -55,8 +55,8 @@ const (
 	// bounds what a change by hand that forgot to set urls.changed can cost.
 	localTTL = 30 * time.Second
 
-	// aloneTTL is how long an answer is kept that no poll vouches for: a 404, which a link created
-	// without Redis ends, and what Redis says while PostgreSQL cannot be polled.
+	// aloneTTL is how long an answer is kept that no poll vouches for: a 404, since links with random
+	// codes are not in the log of changes, and what Redis says while PostgreSQL cannot be polled.
 	aloneTTL = time.Second
 
 	// staleFor is how long known links answer when nobody can say what is true, counted from the

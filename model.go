@@ -9,7 +9,7 @@ import (
 )
 
 // The nouns of hop: what its files hand to each other, and the errors they all speak in. This file
-// stands below all others and knows none of them.
+// comes first and knows none of the others.
 
 // The errors of the store and the cache. Handlers turn them into answers (failures in handlers.go).
 var (

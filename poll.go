@@ -41,7 +41,7 @@ type poller struct {
 	missed  int64      // redisTier.missed when they were held
 	lost    int64      // redisTier.lost then
 	owed    bool       // a change may have been missed there that no poll has told yet
-	told    uint64     // the highest cursor seen in that generation
+	told    uint64     // the cursor last seen or written in that generation
 	conn    redis.Conn // one poll's connection: the server that was asked is the one that is told
 	retryAt time.Time  // Redis refuses: it is not asked before
 	polled  bool       // one poll has succeeded

@@ -15,8 +15,9 @@ import (
 
 // Which clicks have rows in events: KEEP_CLICKS removes the rows of old ones, and some clicks are
 // counted without. Counts and figures per day stay for ever, and so does every other event, also a
-// click that a client posted. What was removed or never there is noted in hop_meta, so that hop
-// verify knows what to expect.
+// click that a client posted, unless its details look like those of the first release's clicks
+// (oldRow). What was removed or never there is noted in hop_meta, so that hop verify knows what to
+// expect.
 
 // Keys of hop_meta.
 const (
@@ -70,8 +71,8 @@ type remover struct {
 	id    string        // names this process
 	log   *slog.Logger
 
-	// Ids of events: the next step begins after the first, the next pass after the second. No row
-	// up to there is left to be removed, now or later.
+	// Ids of events: the next step begins after at, the next pass after clear. Up to clear no row is
+	// left to be removed, now or later; behind it stands the first row that was too young.
 	at    int64
 	clear int64
 }

@@ -115,7 +115,8 @@ func newCode() string {
 }
 
 // codeFromKey returns the 10 characters of codeAlphabet that belong to a key which its client made
-// up. Who does not know the secret cannot tell the code. The same pair always gives the same code.
+// up. Who does not know the secret cannot tell the code; where no token is set, there is no
+// secret. The same pair always gives the same code.
 func codeFromKey(secret, key string) string {
 	secretSum := sha256.Sum256([]byte(secret)) // of fixed length: no secret and key run together
 	seed := append(secretSum[:], key...)

@@ -422,6 +422,7 @@ func (s *Store) narrow(ctx context.Context, q *listQuery, f linkFilter, p page) 
 			q.where("id < ?", p.after) // which list heeds in the order of ids only
 		}
 	}
+	// The one row at searchWindow: text asks for one more than limit.
 	query, args := window.text(page{limit: 0, offset: searchWindow, after: p.after})
 	edge, err := queryAll(ctx, s.pg.readers, func(id *int64) []any { return []any{id} }, query,
 		args...)

@@ -91,7 +91,7 @@ func (s *Server) handleDeleteUser(w http.ResponseWriter, r *http.Request) error 
 // Limits of a bulk load.
 const (
 	maxUsersFile = 64 << 20         // bytes: about a million users
-	fileWithin   = 30 * time.Second // for such a file to arrive, and again to be loaded
+	fileWithin   = 30 * time.Second // for such a file to arrive; twice that with its loading
 )
 
 // handleBulkUsers loads a users.csv, multipart field "file" or the whole body: all rows or none.

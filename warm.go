@@ -29,7 +29,8 @@ const (
 	// reservation lasts, which ownFor relies on.
 	warmLease = reserveTTL
 
-	// warmTurn is how long a replica that warms Redis may be silent before another may do it.
+	// warmTurn is how long a replica that warms Redis may be silent before another that starts, or
+	// meets a new generation, may do it.
 	warmTurn = time.Minute
 )
 
