@@ -471,7 +471,7 @@ func tuneGC(cfg Config, held int64) {
 }
 
 // capConns closes new connections while limit are open: idle ones must not cost unbounded memory.
-// It counts those that are open in open.
+// Their number is kept in open.
 func capConns(limit int64, open *atomic.Int64) func(net.Conn, http.ConnState) {
 	return func(c net.Conn, state http.ConnState) {
 		switch state {

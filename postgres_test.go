@@ -747,7 +747,7 @@ func TestLocksKeepNobodyOut(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer tx.Rollback()
-	if _, err := tx.Exec(`SELECT pg_advisory_xact_lock($1)`, int64(userLock)); err != nil {
+	if err := txLock(t.Context(), tx, userLock); err != nil {
 		t.Fatal(err)
 	}
 	const waiting = 20

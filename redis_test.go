@@ -181,10 +181,8 @@ func TestFillsAreBounded(t *testing.T) {
 	server := testRedis(t)
 	say := sayTo(t, server)
 	c := newReplica(t, server, newFakeSource("one", "two"))
-	for range maxFills {
-		if !c.redis.fills.enter() {
-			t.Fatal("fewer than maxFills find room")
-		}
+	if !c.redis.fills.enterAll(maxFills) {
+		t.Fatal("fewer than maxFills find room")
 	}
 	c.resolves(t, "one", 1, 1)
 	if got := text(say("GET", c.key("one"))); got != "" {

@@ -155,16 +155,10 @@ func TestRoleWithoutCreate(t *testing.T) {
 // TestUpgrade brings a database of the first release up to date while its writers go on. Then it
 // has the shape of a new one, and all its rows.
 func TestUpgrade(t *testing.T) {
-	old, err := os.ReadFile("testdata/schema/v1.sql")
-	if err != nil {
-		t.Fatal(err)
-	}
 	_, fresh := testStore(t, testDatabase(t))
 	want := shapeOf(t, fresh)
 
-	dsn := testDatabase(t)
-	db := openDB(t, dsn)
-	execSQL(t, db, string(old))
+	dsn, db := firstReleaseDatabase(t)
 	writing, stop := context.WithCancel(t.Context())
 	var writers sync.WaitGroup
 	written := 0
@@ -200,9 +194,7 @@ func TestUpgrade(t *testing.T) {
 	stop()
 	writers.Wait()
 
-	if got := shapeOf(t, db); got != want {
-		t.Errorf("the upgraded database differs from a new one: %s", differingLines(got, want))
-	}
+	checkShape(t, db, want)
 	store := openTestStore(t, dsn, 2)
 	id, err := store.migrate(t.Context())
 	if err != nil || id == "" {
@@ -228,14 +220,8 @@ func TestUpgrade(t *testing.T) {
 // TestUpgradeBrokenOff goes on after an upgrade that died while it built an index, and after a
 // table was in use for long.
 func TestUpgradeBrokenOff(t *testing.T) {
-	old, err := os.ReadFile("testdata/schema/v1.sql")
-	if err != nil {
-		t.Fatal(err)
-	}
 	_, fresh := testStore(t, testDatabase(t))
-	dsn := testDatabase(t)
-	db := openDB(t, dsn)
-	execSQL(t, db, string(old))
+	dsn, db := firstReleaseDatabase(t)
 	store := openTestStore(t, dsn, 2)
 
 	tx, err := db.Begin()
@@ -261,9 +247,7 @@ func TestUpgradeBrokenOff(t *testing.T) {
 	if _, err := store.migrate(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if got, want := shapeOf(t, db), shapeOf(t, fresh); got != want {
-		t.Errorf("the upgraded database differs from a new one: %s", differingLines(got, want))
-	}
+	checkShape(t, db, shapeOf(t, fresh))
 	var timeout string
 	err = store.pg.background.QueryRowContext(t.Context(), `SHOW statement_timeout`).Scan(&timeout)
 	if err != nil || timeout == "0" {
@@ -274,14 +258,8 @@ func TestUpgradeBrokenOff(t *testing.T) {
 // TestUpgradeBesideAnother comes to an index that another replica is building: the step is not done
 // before it is built, since the other one may die. When nobody builds it, it is built here.
 func TestUpgradeBesideAnother(t *testing.T) {
-	old, err := os.ReadFile("testdata/schema/v1.sql")
-	if err != nil {
-		t.Fatal(err)
-	}
 	_, fresh := testStore(t, testDatabase(t))
-	dsn := testDatabase(t)
-	db := openDB(t, dsn)
-	execSQL(t, db, string(old))
+	dsn, db := firstReleaseDatabase(t)
 	// PostgreSQL tells that something is built, and which indexes are not valid: so an index that
 	// waits for a table in use stands for the other replica's work.
 	execSQL(t, db, `CREATE TABLE other (id int)`)
@@ -319,9 +297,7 @@ func TestUpgradeBesideAnother(t *testing.T) {
 	if _, err := store.migrate(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if got, want := shapeOf(t, db), shapeOf(t, fresh); got != want {
-		t.Errorf("the upgraded database differs from a new one: %s", differingLines(got, want))
-	}
+	checkShape(t, db, shapeOf(t, fresh))
 }
 
 // TestStopDuringUpgrade stops hop while it builds an index, which may take hours: it does not wait
@@ -330,13 +306,7 @@ func TestStopDuringUpgrade(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes seconds")
 	}
-	old, err := os.ReadFile("testdata/schema/v1.sql")
-	if err != nil {
-		t.Fatal(err)
-	}
-	dsn := testDatabase(t)
-	db := openDB(t, dsn)
-	execSQL(t, db, string(old))
+	dsn, db := firstReleaseDatabase(t)
 	// A build waits for whoever looks at the database as it was before.
 	tx, err := db.BeginTx(t.Context(), &sql.TxOptions{Isolation: sql.LevelRepeatableRead})
 	if err == nil {
@@ -357,6 +327,28 @@ func TestStopDuringUpgrade(t *testing.T) {
 	case <-hop.done:
 	case <-time.After(patience):
 		t.Error("it waits for the index")
+	}
+}
+
+// firstReleaseDatabase is a new database as the first release made it.
+func firstReleaseDatabase(t testing.TB) (dsn string, db *sql.DB) {
+	t.Helper()
+	old, err := os.ReadFile("testdata/schema/v1.sql")
+	if err != nil {
+		t.Fatal(err)
+	}
+	dsn = testDatabase(t)
+	db = openDB(t, dsn)
+	execSQL(t, db, string(old))
+	return dsn, db
+}
+
+// checkShape compares the tables of an upgraded database with those of a new one, which shapeOf has
+// described.
+func checkShape(t testing.TB, db *sql.DB, want string) {
+	t.Helper()
+	if got := shapeOf(t, db); got != want {
+		t.Errorf("the upgraded database differs from a new one: %s", differingLines(got, want))
 	}
 }
 
